@@ -1,0 +1,48 @@
+"""What a statistic is: a small sum over tokens that can be cut in pieces, added up, saved and continued."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+
+class Statistic(ABC):
+    """Summary of the rows that reached one input. Weighted by tokens; padding never arrives here."""
+
+    name: ClassVar[str]  # the file's name
+
+    def __init__(self, features: int, device: torch.device | str = "cpu"):
+        self.features = features
+        self.tokens = 0
+
+    @abstractmethod
+    def update(self, x: Tensor) -> None:
+        """Takes `x [T, I]`: valid tokens only, any float type."""
+
+    @abstractmethod
+    def merge(self, other: Statistic) -> None:
+        """Adds what another instance has seen; the order of merging does not matter beyond rounding."""
+
+    @abstractmethod
+    def value(self) -> Any:
+        """The statistic itself."""
+
+    def towards(self, others: Sequence[Statistic]) -> Statistic:
+        """This statistic, supported by its siblings' when it has seen too few tokens; itself when it has seen enough."""
+        return self
+
+    def error(self, delta: Tensor) -> float:
+        """What an error `delta [O, I]` of the weight costs at the output, per token, where the statistic can tell."""
+        return float(delta.double().square().sum())
+
+    @abstractmethod
+    def state_dict(self) -> dict[str, Tensor]:
+        """Everything needed to go on later."""
+
+    @abstractmethod
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """The inverse of `state_dict`."""

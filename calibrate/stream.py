@@ -1,0 +1,285 @@
+"""One loop that walks a model block by block, with one block in memory."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ..formats.model import Matrix, Skeleton
+from ..formats.source import Source
+from ..registry import lookup
+from .base import Statistic
+
+Batch = Tensor | tuple[Tensor, Tensor]  # token ids [B, T], or ids and padding mask [B, T]
+Tick = Callable[[int], None]  # told how many tokens went through a block
+
+
+class Stream:
+    """The model of `source`, streamed over batches of token ids.
+
+        stream = Stream(source)
+        for block in stream.blocks(batches):
+            statistics = block.observe(block.matrices, ("hessian",))
+            block.replace({name: smaller_weight})
+        for logits in stream.logits():
+            ...
+
+    A block runs its batches when somebody asks for what only running tells: once when observed, once more when its
+    weights were replaced, never twice for nothing. Peak memory is one block, its statistics and the hidden states, which
+    `spill` moves to files in that folder.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        *,
+        dtype: torch.dtype | None = None,
+        device: str = "cpu",
+        spill: Path | None = None,
+        tick: Tick = lambda tokens: None,
+    ):
+        self.source = source
+        self.dtype = dtype or source.dtype
+        shapes = {name: source.info(name).shape for name in source.names()}
+        self.skeleton = Skeleton(str(source.folder), shapes, self.dtype, device)
+        self.tick = tick
+        self._spill = tempfile.TemporaryDirectory(prefix="acc-hidden-", dir=spill) if spill else None
+        self._batches: list[_Carried] = []
+        self._hidden: list[Tensor] | _Spilled = []
+        self._pending: Block | None = None
+
+    @property
+    def parameters(self) -> int:
+        return self.skeleton.parameters
+
+    @torch.no_grad()
+    def blocks(self, batches: Sequence[Batch], unobserved: Sequence[Batch] = ()) -> Iterator[Block]:
+        """Yields every block in turn, its weights in memory; what it was left with is what the next one sees.
+
+        `unobserved` batches go through the blocks as well but leave no trace in statistics; their logits come first.
+        """
+        self._batches = [_Carried.of(b, False) for b in unobserved] + [_Carried.of(b, True) for b in batches]
+        self._hidden = _Spilled(Path(self._spill.name)) if self._spill else []
+        interned: list[Tensor] = []
+        calls: list[list[tuple[tuple, dict]]] = []
+        with self.skeleton.outer(self._read(self.skeleton.outer_names)):
+            for batch in self._batches:
+                hidden, of_blocks = self.skeleton.frame(batch.ids, batch.mask)
+                self._hidden.append(hidden)
+                calls.append(_intern(of_blocks, interned))
+        for index in range(len(self.skeleton.layers)):
+            tensors = self._read(self.skeleton.block_names[index])
+            self._pending = Block(self, index, tensors, [c[index] for c in calls])
+            yield self._pending
+            if index < len(self.skeleton.layers) - 1:
+                self._settle()
+
+    @torch.no_grad()
+    def logits(self, first: int | None = None) -> Iterator[Tensor]:
+        """After the last block: logits `[B, T, V]` in fp32 for each batch, or for the `first` so many."""
+        self._settle(first)
+        with self.skeleton.outer(self._read(self.skeleton.outer_names)):
+            for batch, hidden in zip(self._batches[:first], self._hidden):
+                yield self.skeleton.logits(batch.ids, hidden, batch.mask).float()
+
+    def _settle(self, first: int | None = None) -> None:
+        """Leaves the pending block: its outputs become the next one's inputs."""
+        block, self._pending = self._pending, None
+        if block is not None:
+            self._hidden = block.outputs if block.outputs is not None else block.run(first)
+            block.drop()
+
+    def _read(self, names: list[str]) -> dict[str, Tensor]:
+        return {name: self.source.tensor(name) for name in names}
+
+    def _new_hidden(self) -> list[Tensor] | _Spilled:
+        return _Spilled(Path(self._spill.name)) if self._spill else []
+
+
+class Block:
+    """One decoder block in memory."""
+
+    def __init__(self, stream: Stream, index: int, tensors: dict[str, Tensor], calls: list[tuple[tuple, dict]]):
+        self.index = index
+        self.tensors = tensors  # dense, by disk name
+        self.matrices = stream.skeleton.matrices(index)
+        self.names = list(tensors)
+        self.outputs: list[Tensor] | _Spilled | None = None
+        self._stream = stream
+        self._calls = calls
+        self._module = stream.skeleton.load_block(index, tensors)
+
+    def weight(self, matrix: Matrix) -> Tensor:
+        """`[O, I]` of a matrix as stored, a view where possible."""
+        tensor = self.tensors[matrix.tensor]
+        tensor = tensor if matrix.part is None else tensor[matrix.part]
+        return tensor.T if matrix.transposed else tensor
+
+    def replace(self, tensors: Mapping[str, Tensor]) -> None:
+        """Exchanges stored tensors of the block for others of the same names and dense shapes."""
+        if tensors:
+            self.tensors |= tensors
+            self._module = self._stream.skeleton.load_block(self.index, self.tensors)
+            self.outputs = None
+
+    @property
+    def weights(self) -> int:
+        """How many weights the block has."""
+        return sum(tensor.numel() for tensor in self.tensors.values())
+
+    @torch.no_grad()
+    def run(self, first: int | None = None) -> list[Tensor] | _Spilled:
+        """Runs the batches, or the `first` so many; keeps and returns the outputs, one `[B, T, H]` per batch."""
+        outputs = self._stream._new_hidden()
+        for batch, hidden, (args, kwargs) in zip(self._stream._batches[:first], self._stream._hidden, self._calls):
+            result = self._module(hidden, *args, **kwargs)
+            outputs.append(result[0] if isinstance(result, tuple) else result)
+            self._stream.tick(batch.ids.numel())
+        self.outputs = outputs
+        return outputs
+
+    @torch.no_grad()
+    def observe(self, matrices: list[Matrix], statistics: tuple[str, ...]) -> Statistics:
+        """Runs the batches and collects the named statistics of every distinct input of `matrices`.
+
+        Padding is left out. Raises ValueError for values that are not finite, naming the module.
+        """
+        skeleton = self._stream.skeleton
+        collected = Statistics(statistics, skeleton.device)
+        linears = list(dict.fromkeys(m.module for m in matrices if m.role == "linear"))
+        experts = {(m.module, m.expert, m.role): m.shape[1] for m in matrices if m.role != "linear"}
+        current = self._stream._batches[:1]
+
+        def see_linear(leader: str, x: Tensor) -> None:
+            if current[0].observed:
+                collected.update((leader, None, "linear"), current[0].valid(x.reshape(-1, x.shape[-1])))
+
+        def see_expert(path: str, expert: int, role: str, tokens: Tensor, x: Tensor) -> None:
+            if current[0].observed and (path, expert, role) in experts:
+                collected.update((path, expert, role), current[0].valid(x, tokens))
+
+        outputs = self._stream._new_hidden()
+        with (
+            skeleton.observe_linears(self.index, linears, see_linear) as leaders,
+            skeleton.observe_experts(see_expert),
+        ):
+            for batch, hidden, (args, kwargs) in zip(self._stream._batches, self._stream._hidden, self._calls):
+                current[0] = batch
+                result = self._module(hidden, *args, **kwargs)
+                outputs.append(result[0] if isinstance(result, tuple) else result)
+                self._stream.tick(batch.ids.numel())
+        self.outputs = outputs
+        collected.leaders = dict(leaders)
+        for key, features in experts.items():
+            collected.ensure(key, features)
+        return collected
+
+    def drop(self) -> None:
+        self._stream.skeleton.drop_block(self.index)
+        self.tensors, self.outputs = {}, None
+
+
+Key = tuple[str, int | None, str]
+
+
+class Statistics:
+    """What one pass over a block collected, by distinct input."""
+
+    def __init__(self, names: tuple[str, ...], device: torch.device):
+        self.names, self.device = names, device
+        self.leaders: dict[str, str] = {}
+        self.of_input: dict[Key, dict[str, Statistic]] = {}
+
+    def ensure(self, key: Key, features: int) -> dict[str, Statistic]:
+        """The statistics of an input, empty ones if nothing reached it."""
+        if key not in self.of_input:
+            self.of_input[key] = {n: lookup("calibrate", n)(features, self.device) for n in self.names}
+        return self.of_input[key]
+
+    def update(self, key: Key, x: Tensor) -> None:
+        if not torch.isfinite(x.sum(dtype=torch.float32)):
+            raise ValueError(f"the input of {key[0]} is not finite during calibration; try another --dtype or --data")
+        for statistic in self.ensure(key, x.shape[1]).values():
+            statistic.update(x)
+
+    def key(self, matrix: Matrix) -> Key:
+        if matrix.role == "linear":
+            return (self.leaders.get(matrix.module, matrix.module), None, "linear")
+        return (matrix.module, matrix.expert, matrix.role)
+
+    def of(self, matrix: Matrix) -> dict[str, Statistic]:
+        """The statistics of the matrix' input, by name; shared by all matrices with that input."""
+        return self.ensure(self.key(matrix), matrix.shape[1])
+
+    def siblings(self, matrix: Matrix) -> list[dict[str, Statistic]]:
+        """The same statistics for every expert of the matrix' layer, in order."""
+        found = [(k[1], s) for k, s in self.of_input.items() if k[0] == matrix.module and k[2] == matrix.role]
+        return [s for _, s in sorted(found, key=lambda pair: pair[0] or 0)]
+
+
+@dataclass(frozen=True)
+class _Carried:
+    """A batch on its way through the blocks."""
+
+    ids: Tensor  # [B, T]
+    mask: Tensor | None  # [B, T], zero where there is padding
+    observed: bool
+
+    @classmethod
+    def of(cls, batch: Batch, observed: bool) -> _Carried:
+        ids, mask = batch if isinstance(batch, tuple) else (batch, None)
+        return cls(ids, mask, observed)
+
+    def valid(self, x: Tensor, tokens: Tensor | None = None) -> Tensor:
+        """The rows of `x [N, I]` that are no padding; `tokens [N]` are their places in the flattened batch."""
+        if self.mask is None:
+            return x
+        mask = self.mask.bool().flatten().to(x.device)
+        return x[mask if tokens is None else mask[tokens]]
+
+
+class _Spilled:
+    """A list of tensors that lie in files."""
+
+    def __init__(self, folder: Path):
+        self.folder = Path(tempfile.mkdtemp(dir=folder))
+        self.count = 0
+
+    def append(self, tensor: Tensor) -> None:
+        save_file({"hidden": tensor.contiguous()}, self.folder / f"{self.count:06d}.safetensors")
+        self.count += 1
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __iter__(self) -> Iterator[Tensor]:
+        for index in range(self.count):
+            yield load_file(self.folder / f"{index:06d}.safetensors")["hidden"]
+
+    def __del__(self) -> None:
+        for path in self.folder.glob("*.safetensors"):
+            path.unlink(missing_ok=True)
+
+
+def _intern(value: Any, known: list[Tensor]) -> Any:
+    """The same structure with equal tensors shared: masks and position embeddings repeat in every batch and block."""
+    if isinstance(value, Tensor):
+        for tensor in known:
+            if tensor is value or (
+                tensor.shape == value.shape and tensor.dtype == value.dtype and torch.equal(tensor, value)
+            ):
+                return tensor
+        known.append(value)
+        return value
+    if isinstance(value, dict):
+        return {k: _intern(v, known) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_intern(v, known) for v in value)
+    return value

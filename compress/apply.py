@@ -1,0 +1,349 @@
+"""The one loop that applies methods to a model: stream, collect, compress, write, go on with what was written."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import __version__
+from ..calibrate.base import Statistic
+from ..calibrate.evaluate import fingerprint, fingerprint_ids
+from ..calibrate.stream import Block, Statistics, Stream
+from ..formats.base import Entry, PackedWeight, Scheme, format_of, quantization_config
+from ..formats.ledger import Ledger
+from ..formats.model import Matrix
+from ..formats.names import select
+from ..formats.source import Source, finite
+from ..formats.store import Store
+from .card import card
+from .recipe import Recipe, Step
+
+Record = dict[str, Any]
+Report = Callable[[float, str], None]  # told the fraction done and what is being done
+
+OUTER = "outside the blocks"
+# Statistics of one pass are kept below this; experts beyond it wait for another pass over the same block.
+STATISTICS_BYTES = 8 << 30
+# Solving for one weight takes about as long as passing so many tokens through it. Only the estimate of time depends on it.
+SOLVE = 8000.0
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run made: its folder, the lines of its report, and how long it took."""
+
+    folder: Path
+    records: list[Record]
+    events: list[Record]
+    seconds: float
+
+
+def apply(
+    recipe: Recipe,
+    source: Source,
+    out: Path,
+    batches: Sequence[Tensor],
+    *,
+    text_record: Record | None = None,
+    device: str = "cpu",
+    spill: Path | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    report: Report = lambda fraction, what: None,
+) -> Outcome:
+    """Runs `recipe` over the model and writes `out`, one shard per block, so that a killed run can go on.
+
+    `batches` are token ids `[B, T]`, empty when no step needs statistics. Raises ValueError for input that cannot be
+    compressed, OSError when the disk cannot take the output; what was finished by then stays for `resume`.
+    """
+    started = time.monotonic()
+    dtype = None if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
+    stream = Stream(source, dtype=dtype, device=device, spill=spill)
+    chosen = assign(recipe, stream)
+    units = [OUTER, *(_unit(index) for index in range(len(stream.skeleton.layers)))]
+    identity = {"acc": __version__, "recipe": recipe.to_dict(), "source": source.identity(), "data": text_record}
+    size = sum(source.info(name).nbytes for name in source.names())
+    store = Store.create(out, identity, units, resume=resume, overwrite=overwrite, needed_bytes=size)
+    if store.complete:
+        report(1.0, "nothing left to do")
+        return Outcome(store.out, [], [], time.monotonic() - started)
+    if not store.done(OUTER):
+        kept = {name: source.tensor(name) for name in (*stream.skeleton.outer_names, *stream.skeleton.strays)}
+        store.write(OUTER, kept, [_kept(name, finite_tensor(tensor, name)) for name, tensor in kept.items()])
+    work = _Work(stream, chosen, batches, report)
+    entries: dict[str, Entry] = {}
+    probe = fingerprint_ids(stream.skeleton.model.config.get_text_config(decoder=True).vocab_size)
+    for block in stream.blocks(batches, unobserved=[probe]):
+        work.enter(block)
+        if store.done(_unit(block.index)):
+            packed = _reload(block, store)
+            work.skip(block, chosen)
+        else:
+            packed = _compress_block(block, chosen, store, work)
+        entries |= {name: entry for name, (entry, _) in packed.items()}
+        block.replace({name: entry.dense(parts, source.dtype) for name, (entry, parts) in packed.items()})
+    print_of_logits = fingerprint(next(stream.logits(first=1))[0])
+    records = list(store.records())
+    config = {key: value for key, value in source.config.items() if key != "quantization_config"}
+    config["quantization_config"] = quantization_config(
+        {name: (entry.shape, entry.full_scheme()) for name, entry in entries.items()}
+    )
+    folder = store.close(
+        config,
+        source.side_files(),
+        {"recipe.yaml": recipe.to_yaml(), "README.md": card(source, recipe, records, text_record)},
+        expected=_settle(source, entries),
+        fingerprint={**print_of_logits, "dtype": str(stream.dtype).removeprefix("torch.")},
+        root=source.folder,
+    )
+    report(1.0, "done")
+    events = [{"tensor": r["tensor"], **event} for r in records for event in r.get("events", [])]
+    return Outcome(folder, records, [*({"event": e} for e in store.events), *events], time.monotonic() - started)
+
+
+def assign(recipe: Recipe, stream: Stream) -> dict[str, Step]:
+    """Which step compresses which stored tensor; a later step overrides an earlier one.
+
+    Raises ValueError for a pattern that fits nothing, with the nearest names.
+    """
+    spellings: dict[str, set[str]] = {}
+    for index in range(len(stream.skeleton.layers)):
+        for matrix in stream.skeleton.matrices(index):
+            leaf = matrix.tensor.removesuffix(".weight").rpartition(".")[2]
+            module = matrix.module if matrix.role == "linear" else f"{matrix.module}.{matrix.expert}.{leaf}"
+            spellings.setdefault(matrix.tensor, {matrix.tensor}).add(f"{module}.weight")
+    if not spellings:
+        raise ValueError(f"{stream.source.spec}: no block has a matrix that could be compressed")
+    chosen: dict[str, Step] = {}
+    for step in recipe.steps:
+        ignored = select(step.ignore, spellings, "--ignore")
+        for name in select(step.targets, spellings, "--targets") - ignored:
+            chosen[name] = step
+    if not chosen:
+        raise ValueError("nothing is left to compress: every target is ignored")
+    return chosen
+
+
+def _compress_block(
+    block: Block, chosen: dict[str, Step], store: Store, work: _Work
+) -> dict[str, tuple[Entry, list[PackedWeight]]]:
+    """Compresses what the recipe chose of a block and writes the whole block."""
+    for name, tensor in block.tensors.items():
+        finite(tensor, name)
+    wanted = [matrix for matrix in block.matrices if matrix.tensor in chosen]
+    parts: dict[str, list[PackedWeight]] = {}
+    records: list[Record] = []
+    for group in _passes(wanted, chosen):
+        needs = tuple(dict.fromkeys(n for m in group for n in chosen[m.tensor].settings.needs))
+        statistics = block.observe([m for m in group if chosen[m.tensor].settings.needs], needs) if needs else None
+        for packed, record in _solve(block, group, chosen, statistics):
+            parts.setdefault(record["tensor"], []).append(packed)
+            records.append(record)
+            work.solved(packed.shape)
+    entries = _entries(block, {name: (pieces[0].shape, pieces[0].scheme) for name, pieces in parts.items()})
+    stored = {name: tensor for name, tensor in block.tensors.items() if name not in parts}
+    records += [_kept(name, tensor) for name, tensor in stored.items()]
+    for name, pieces in parts.items():
+        stored |= {name + suffix: tensor for suffix, tensor in entries[name].pack(pieces).items()}
+    store.write(_unit(block.index), stored, sorted(records, key=lambda r: (r["tensor"], r.get("part") or 0)))
+    return {name: (entries[name], pieces) for name, pieces in parts.items()}
+
+
+def _solve(block: Block, group: list[Matrix], chosen: dict[str, Step], statistics: Statistics | None):
+    """Yields `(packed, record)` for each matrix in order of disk names; what shares an input is prepared once."""
+    prepared: dict[tuple, tuple[Any, list[Record], float]] = {}
+    last_use = {_shared(m, chosen, statistics): i for i, m in enumerate(group)}
+    for position, matrix in enumerate(group):
+        step, started, events = chosen[matrix.tensor], time.monotonic(), []
+        own: dict[str, Statistic] = {}
+        if step.settings.needs:
+            assert statistics is not None
+            own = {n: s for n, s in statistics.of(matrix).items() if n in step.settings.needs}
+        key = _shared(matrix, chosen, statistics)
+        if key not in prepared:
+            said: list[Record] = []
+            supported = _supported(matrix, own, statistics, said)
+            ready = step.settings.prepare(supported, _event(said))
+            prepared[key] = (ready, said, time.monotonic() - started)
+        ready, said, _ = prepared[key]
+        weight = block.weight(matrix).float()
+        packed = step.settings.compress(weight, ready, _event(events))
+        if last_use[key] == position:
+            del prepared[key]
+        yield packed, _record(matrix, step, weight, packed, own, [*said, *events], time.monotonic() - started)
+
+
+def _shared(matrix: Matrix, chosen: dict[str, Step], statistics: Statistics | None) -> tuple:
+    """Matrices with equal keys are prepared together: same step, same input."""
+    return (id(chosen[matrix.tensor]), statistics.key(matrix) if statistics is not None else None)
+
+
+def _supported(
+    matrix: Matrix, own: dict[str, Statistic], statistics: Statistics | None, said: list[Record]
+) -> dict[str, Statistic]:
+    """An expert's statistics, leant on its layer's mean where it saw too few tokens; each such case is an event."""
+    if matrix.expert is None or statistics is None:
+        return own
+    siblings = statistics.siblings(matrix)
+    supported = {name: s.towards([sibling[name] for sibling in siblings]) for name, s in own.items()}
+    for name, statistic in own.items():
+        if supported[name] is not statistic:
+            said.append({"event": "few_tokens", "statistic": name, "tokens": statistic.tokens, "features": matrix.shape[1]})
+    return supported
+
+
+def _event(into: list[Record]) -> Callable[..., None]:
+    def event(kind: str, **figures: Any) -> None:
+        into.append({"event": kind, **figures})
+
+    return event
+
+
+def _record(
+    matrix: Matrix,
+    step: Step,
+    weight: Tensor,
+    packed: PackedWeight,
+    own: dict[str, Statistic],
+    events: list[Record],
+    seconds: float,
+) -> Record:
+    """A matrix' line of the report. Its error is relative: of the output where the input is known, else of the weight."""
+    delta = packed.dequantize() - weight
+    if not torch.isfinite(delta).all():
+        raise ValueError(f"{matrix.name}: {step.method} gave values that are not finite; try a larger damp_percent")
+    known = next((s for s in own.values() if s.tokens), None)
+    of = known.error if known is not None else lambda m: float(m.double().square().sum())
+    scale = of(weight)
+    record: Record = {
+        "tensor": matrix.tensor,
+        "part": matrix.part,
+        "method": step.method,
+        "scheme": packed.scheme,
+        "shape": list(packed.shape),
+        "parameters": weight.numel(),
+        "bits": packed.scheme.get("bits"),
+        "nominal_bits": round(packed.nominal, 4),
+        "stored_bits": round(packed.stored_bits, 4),
+        "relative_error": of(delta) / scale if scale > 0 else 0.0,
+        "error_of": "output" if known is not None else "weight",
+        "tokens": next((s.tokens for s in own.values()), None),
+        "events": events,
+        "seconds": seconds,
+    }
+    return record
+
+
+def _kept(name: str, tensor: Tensor) -> Record:
+    return {
+        "tensor": name,
+        "method": "kept",
+        "shape": list(tensor.shape),
+        "parameters": tensor.numel(),
+        "stored_bits": 8.0 * tensor.element_size(),
+    }
+
+
+def finite_tensor(tensor: Tensor, name: str) -> Tensor:
+    """The tensor itself. Raises ValueError when it holds NaN or Inf."""
+    finite(tensor, name)
+    return tensor
+
+
+def _passes(wanted: list[Matrix], chosen: dict[str, Step]) -> list[list[Matrix]]:
+    """Cuts a block's matrices into groups whose statistics fit in memory together; siblings of a layer stay together
+    as long as they can."""
+    groups: list[list[Matrix]] = [[]]
+    used = 0
+    for matrix in wanted:
+        size = 4 * matrix.shape[1] ** 2 if chosen[matrix.tensor].settings.needs else 0
+        if groups[-1] and used + size > STATISTICS_BYTES:
+            groups.append([])
+            used = 0
+        groups[-1].append(matrix)
+        used += size
+    return groups
+
+
+def _entries(block: Block, first: dict[str, tuple[tuple[int, int], Scheme]]) -> dict[str, Entry]:
+    """How each packed tensor of the block is described; `first` holds shape and scheme of its first matrix."""
+    stacks = Counter(m.tensor for m in block.matrices if m.part is not None)
+    turned = {m.tensor for m in block.matrices if m.transposed}
+    return {
+        name: Entry(format_of(scheme), shape, scheme, stacks.get(name), name in turned)
+        for name, (shape, scheme) in first.items()
+    }
+
+
+def _reload(block: Block, store: Store) -> dict[str, tuple[Entry, list[PackedWeight]]]:
+    """What an earlier run packed of a block, from its shard."""
+    unit = _unit(block.index)
+    first = {r["tensor"]: r for r in reversed(store.lines[unit]["records"]) if r["method"] != "kept"}
+    stored = store.read(unit)
+    found = {}
+    for name, entry in _entries(block, {n: (tuple(r["shape"]), r["scheme"]) for n, r in first.items()}).items():
+        found[name] = (entry, entry.unpack({suffix: stored[name + suffix] for suffix in entry.layout()}))
+    return found
+
+
+def _settle(source: Source, entries: dict[str, Entry]) -> set[str]:
+    """Balances the ledger; returns every tensor name that the output must hold."""
+    ledger = Ledger(source.names(), [path.name for path in source.side_files()])
+    expected: set[str] = set()
+    for name in source.names():
+        ledger.fate(name, "packed" if name in entries else "copied")
+        expected |= {name + suffix for suffix in (entries[name].layout() if name in entries else [""])}
+    for path in source.side_files():
+        ledger.fate(path.name, "copied")
+    ledger.settle()
+    return expected
+
+
+def _unit(index: int) -> str:
+    return f"block {index}"
+
+
+class _Work:
+    """How far a run is, in units of what takes time: weights solved for, and tokens through weights."""
+
+    def __init__(self, stream: Stream, chosen: dict[str, Step], batches: Sequence[Tensor], report: Report):
+        tokens = sum(batch.numel() for batch in batches)
+        passes = 2 if any(step.settings.needs for step in chosen.values()) else 1
+        self.blocks = len(stream.skeleton.layers)
+        self.report, self.done, self.what = report, 0.0, ""
+        self.stream = stream
+        self.total = 0.0
+        for index in range(self.blocks):
+            names = stream.skeleton.block_names[index]
+            weights = {name: _numel(stream.skeleton.shapes[name]) for name in names}
+            runs = passes - (index == self.blocks - 1)
+            self.total += runs * tokens * sum(weights.values())
+            self.total += SOLVE * sum(n for name, n in weights.items() if name in chosen)
+
+    def enter(self, block: Block) -> None:
+        self.what = f"block {block.index + 1} of {self.blocks}"
+        weights = block.weights
+        self.stream.tick = lambda tokens: self.add(tokens * weights)
+        self.add(0)
+
+    def solved(self, shape: tuple[int, int]) -> None:
+        self.add(SOLVE * shape[0] * shape[1])
+
+    def skip(self, block: Block, chosen: dict[str, Step]) -> None:
+        """A block that an earlier run finished: only its forward is left."""
+        self.total -= SOLVE * sum(t.numel() for name, t in block.tensors.items() if name in chosen)
+
+    def add(self, amount: float) -> None:
+        self.done += amount
+        self.report(min(self.done / self.total, 1.0), self.what)
+
+
+def _numel(shape: tuple[int, ...]) -> int:
+    return int(torch.Size(shape).numel())

@@ -1,0 +1,125 @@
+"""A recipe: which method compresses which tensors, on what text. Written resolved beside every output it made."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError, model_validator
+
+from ..registry import lookup
+from .base import Method
+
+
+class Calibration(BaseModel):
+    """The text that statistics are collected on."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    data: str | None = Field(None, description="file, folder, hf:dataset or self; None: what suits the model")
+    nsamples: int = Field(128, ge=1, description="sequences")
+    seqlen: int = Field(2048, ge=2, description="tokens per sequence")
+    seed: int = Field(0, ge=0, description="order of documents, and of what is sampled")
+
+
+class Step(BaseModel):
+    """One method and the tensors it is for. The method's own fields stand beside `method` in YAML."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    method: str
+    targets: tuple[str, ...] = ("*",)
+    ignore: tuple[str, ...] = ()
+    settings: SerializeAsAny[Method]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _gather(cls, data: Any) -> Any:
+        if not isinstance(data, dict) or "settings" in data:
+            return data
+        own = {k: v for k, v in data.items() if k in ("method", "targets", "ignore")}
+        if "method" not in own:
+            raise ValueError("a step needs a `method`")
+        rest = {k: v for k, v in data.items() if k not in own}
+        return own | {"settings": configure(own["method"], rest)}
+
+    def flat(self) -> dict[str, Any]:
+        return {
+            "method": self.method,
+            **self.settings.model_dump(mode="json"),
+            "targets": list(self.targets),
+            "ignore": list(self.ignore),
+        }
+
+
+class Recipe(BaseModel):
+    """All that decides the output besides the model itself."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    version: int = Field(1, ge=1, le=1)
+    dtype: str = Field("auto", pattern="^(auto|float32|bfloat16|float16)$", description="type that the blocks are run in")
+    calibration: Calibration = Calibration()
+    steps: tuple[Step, ...] = Field(min_length=1)
+
+    @classmethod
+    def from_dict(cls, data: Any, where: str = "recipe") -> Recipe:
+        """Raises ValueError with one line per wrong field."""
+        try:
+            return cls.model_validate(data)
+        except ValidationError as error:
+            raise ValueError(f"{where}: {explain(error)}") from None
+
+    @classmethod
+    def read(cls, path: Path) -> Recipe:
+        """Raises ValueError when the file is missing, is not YAML, or is not a recipe."""
+        try:
+            data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise ValueError(f"recipe {path} does not exist") from None
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ValueError(f"recipe {path} is not YAML: {str(error).splitlines()[0]}") from None
+        return cls.from_dict(data, str(path))
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "version": self.version,
+            "dtype": self.dtype,
+            "calibration": self.calibration.model_dump(mode="json"),
+            "steps": [step.flat() for step in self.steps],
+        }
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.to_dict(), sort_keys=False)
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """The statistics that any step asks for."""
+        return tuple(dict.fromkeys(n for step in self.steps for n in step.settings.needs))
+
+
+def configure(method: str, settings: dict[str, Any]) -> Method:
+    """The validated configuration of a method. Raises ValueError naming each wrong field and what is allowed."""
+    cls = lookup("compress", method)
+    try:
+        return cls(**settings)
+    except ValidationError as error:
+        raise ValueError(f"{method}: {explain(error, cls)}") from None
+
+
+def explain(error: ValidationError, cls: type[BaseModel] | None = None) -> str:
+    """A validation error in one line; an unknown field comes with the nearest known ones."""
+    parts = []
+    for item in error.errors():
+        field = ".".join(str(p) for p in item["loc"])
+        if item["type"] == "extra_forbidden" and cls is not None:
+            near = difflib.get_close_matches(field, cls.model_fields, n=2) or sorted(cls.model_fields)
+            parts.append(f"there is no option {field!r}; there is {', '.join(near)}")
+        else:
+            message = item["msg"].removeprefix("Value error, ")
+            given = item.get("input")
+            shown = f" (given {given!r})" if isinstance(given, str | int | float) and repr(given) not in message else ""
+            parts.append(f"{field}: {message}{shown}" if field else message)
+    return "; ".join(parts)

@@ -1,0 +1,85 @@
+"""Grouped integers: a code per weight, a scale and an integer zero point per group of inputs of a row."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ..kernels.base import pick
+from ..kernels.grouped import grouped_weight
+from ..kernels.packing import CHUNK, pack, pack_stream
+from .base import PackedWeight, Scheme
+
+
+@dataclass(frozen=True)
+class GroupedWeight(PackedWeight):
+    """`W = scale · (code - zero)`. Scheme: `bits` 2-8, `group_size` (-1: a whole row), `symmetric`, `scale_dtype`.
+
+    The zero point is an integer in [0, 2^bits - 1], as GPTQ's; a symmetric grid has the zero point 2^(bits - 1) and stores none.
+    """
+
+    codes: Tensor  # int32 [ceil(I / 32), bits, O], as kernels/packing.py packs
+    scale: Tensor  # [G, O]
+    zero: Tensor | None  # uint8 [G, ceil(O / 8) * bits], a bit stream
+
+    name: ClassVar[str] = "grouped"
+    suffixes: ClassVar[dict[str, str]] = {"codes": "", "scale": "_scale", "zero": "_zero"}
+
+    @classmethod
+    def layout(cls, shape: tuple[int, int], scheme: Scheme) -> dict[str, tuple[tuple[int | None, ...], torch.dtype]]:
+        (rows, columns), bits = shape, scheme["bits"]
+        groups = -(-columns // _width(shape, scheme))
+        layout: dict[str, tuple[tuple[int | None, ...], torch.dtype]] = {
+            "": ((-(-columns // CHUNK), bits, rows), torch.int32),
+            "_scale": ((groups, rows), getattr(torch, scheme["scale_dtype"])),
+        }
+        if not scheme["symmetric"]:
+            layout["_zero"] = ((groups, -(-rows // 8) * bits), torch.uint8)
+        return layout
+
+    @classmethod
+    def encode(cls, codes: Tensor, scale: Tensor, zero: Tensor | None, scheme: Scheme) -> GroupedWeight:
+        """codes `[O, I]`, scale `[G, O]` in its stored type, zero codes `[G, O]` or None."""
+        bits = scheme["bits"]
+        return cls(
+            shape=(codes.shape[0], codes.shape[1]),
+            scheme={"format": cls.name, **scheme},
+            codes=pack(codes, bits),
+            scale=scale.contiguous(),
+            zero=None if zero is None else pack_stream(zero, bits),
+        )
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {suffix: tensor for suffix, tensor in super().tensors().items() if tensor is not None}
+
+    @classmethod
+    def from_tensors(cls, tensors: dict[str, Tensor], shape: tuple[int, int], scheme: Scheme) -> PackedWeight:
+        return super().from_tensors(defaultdict(lambda: None, tensors), shape, scheme)  # pyright: ignore[reportArgumentType]
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        return grouped_weight(**self._operands(), columns=self.shape[1]).to(dtype).contiguous()
+
+    def matmul(self, x: Tensor) -> Tensor:
+        kernel = pick("grouped", device=x.device.type, bits=self.scheme["bits"])
+        return kernel(x, **self._operands())
+
+    def check(self) -> None:
+        if not torch.isfinite(self.scale).all() or (self.scale < 0).any():
+            raise ValueError("grouped: a scale is negative or not finite")
+
+    @classmethod
+    def nominal_bits(cls, shape: tuple[int, int], scheme: Scheme, **counts: int) -> float:
+        bits, zero = scheme["bits"], 0 if scheme["symmetric"] else scheme["bits"]
+        return bits + (8 * getattr(torch, scheme["scale_dtype"]).itemsize + zero) / _width(shape, scheme)
+
+    def _operands(self) -> dict:
+        width = _width(self.shape, self.scheme)
+        return {"codes": self.codes, "scale": self.scale, "zero": self.zero, "bits": self.scheme["bits"], "group_size": width}
+
+
+def _width(shape: tuple[int, int], scheme: Scheme) -> int:
+    return shape[1] if scheme["group_size"] == -1 else scheme["group_size"]

@@ -1,0 +1,245 @@
+"""The plug-in by which stock transformers loads and saves acc's checkpoints.
+
+Packed tensors keep their names on disk. In the model they lie as buffers under the very same names, so transformers loads
+and saves them without conversion; the conversions that would fuse dense experts are taken out for packed ones. Whatever is
+missing or unexpected in the files raises before a weight is read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from .base import VERSION, Entry, PackedWeight, entries
+from .safefile import DTYPES
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+@register_quantization_config("acc")
+class AccConfig(QuantizationConfigMixin):
+    """What `config.json` says of a checkpoint's packed tensors."""
+
+    def __init__(self, quant_method: str = "acc", version: int = VERSION, schemes: Any = None, weights: Any = None):
+        self.quant_method = quant_method  # pyright: ignore[reportAttributeAccessIssue]
+        self.version = version
+        self.schemes = schemes or []
+        self.weights = weights or {}
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "quant_method": "acc",
+            "version": self.version,
+            "schemes": self.schemes,
+            "weights": self.weights,
+        }
+
+
+class Packed(nn.Module):
+    """Holds packed tensors as buffers under their names on disk, and gives them back as packed weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._specs: dict[str, tuple[Entry, list[str]]] = {}
+        self._parts: dict[str, list[PackedWeight]] = {}
+
+    def hold(self, leaf: str, spec: Entry, tensors: dict[str, Tensor]) -> None:
+        """Takes the tensors of one stored weight, `{suffix: tensor}`, under the name `leaf`."""
+        self._specs[leaf] = (spec, [leaf + suffix for suffix in tensors])
+        for suffix, tensor in tensors.items():
+            self.register_buffer(leaf + suffix, tensor)
+
+    def parts(self, leaf: str = "weight") -> list[PackedWeight]:
+        """The matrices of a stored weight: one, unless it is a stack."""
+        if leaf not in self._parts:
+            spec, names = self._specs[leaf]
+            tensors = {name.removeprefix(leaf): getattr(self, name) for name in names}
+            self._parts[leaf] = spec.unpack(tensors)
+        return self._parts[leaf]
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> Packed:
+        """Moves like any module, but packed tensors never change their type: `model.half()` must not round them."""
+        names = [name for _, names in self._specs.values() for name in names]
+        packed = {name: self._buffers.pop(name) for name in names}
+        super()._apply(fn, recurse)
+        for name, buffer in packed.items():
+            assert buffer is not None
+            moved = fn(buffer)
+            self._buffers[name] = moved if moved.dtype == buffer.dtype else buffer.to(moved.device)
+        self._parts.clear()
+        return self
+
+
+class PackedLinear(Packed):
+    """`nn.Linear` whose weight stays packed."""
+
+    def __init__(self, linear: nn.Linear, spec: Entry, tensors: dict[str, Tensor]):
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.bias = linear.bias
+        self.hold("weight", spec, tensors)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.parts()[0].matmul(x)
+        return y if self.bias is None else y + self.bias
+
+    def extra_repr(self) -> str:
+        spec = self._specs["weight"][0]
+        return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, {spec.scheme}"
+
+
+class PackedPiece(Packed):
+    """One expert's stored weight, by its own name; dense when it was left as it is."""
+
+    def __init__(self, weight: Tensor | None):
+        super().__init__()
+        if weight is not None:
+            self.register_buffer("weight", weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.parts()[0].matmul(x) if self._specs else nn.functional.linear(x, self.weight)
+
+
+class PackedExperts(Packed):
+    """Stands in for a fused experts module of which at least one projection is packed."""
+
+    def __init__(self, experts: Any):
+        super().__init__()
+        self.num_experts = experts.num_experts
+        self._original = (experts,)  # in a tuple: no submodule, kept for its gate and activation
+        for name, parameter in experts.named_parameters(recurse=False):
+            self.register_parameter(name, parameter)
+        if experts.has_post_expert_norm:
+            self.post_expert_norm = experts.post_expert_norm
+        # (leaf, expert) -> the stored weights that, one above the other, are its matrix
+        self._pieces: dict[tuple[str, int], list[PackedPiece]] = {}
+
+    def project(self, leaf: str, expert: int, x: Tensor) -> Tensor:
+        """`x [N, I]` through one expert's matrix -> `[N, O]`, with its bias."""
+        original = self._original[0]
+        if leaf in self._specs:
+            y = self.parts(leaf)[expert].matmul(x)
+        elif (leaf, expert) in self._pieces:
+            y = torch.cat([piece(x) for piece in self._pieces[leaf, expert]], dim=-1)
+        else:
+            weight = getattr(self, leaf)[expert]
+            y = nn.functional.linear(x, weight.T if original.is_transposed else weight)
+        return y + getattr(self, f"{leaf}_bias")[expert] if original.has_bias else y
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """`hidden_states [T, H]`, `top_k_index, top_k_weights [T, k]` -> `[T, H]`."""
+        from .model import run_experts
+
+        return run_experts(self._original[0], self.project, hidden_states, top_k_index, top_k_weights)
+
+
+@register_quantizer("acc")
+class AccQuantizer(HfQuantizer):
+    """Builds the packed modules before transformers fills them."""
+
+    requires_calibration = True
+
+    def __init__(self, quantization_config: AccConfig, **kwargs: Any):
+        super().__init__(quantization_config, **kwargs)
+        self._fused: dict[str, set[str]] = {}  # conversion's first source pattern -> experts modules it must leave alone
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        """Replaces the modules of packed weights. Raises ValueError when the files do not hold exactly what they should."""
+        from .model import Resolved
+
+        header = _headers(kwargs["checkpoint_files"])
+        self._entries = entries(self.quantization_config.to_dict())
+        companions: dict[str, dict[str, Tensor]] = {}
+        for name, spec in self._entries.items():
+            tensors = {suffix: header.get(name + suffix) for suffix in spec.layout()}
+            lost = [name + suffix for suffix, tensor in tensors.items() if tensor is None]
+            if lost:
+                raise ValueError(f"this checkpoint is incomplete: {lost[0]} is missing ({len(lost)} tensors of {name})")
+            companions[name] = {suffix: tensor for suffix, tensor in tensors.items() if tensor is not None}
+        extra = {name + s for name, tensors in companions.items() for s in tensors if s}
+        resolved = Resolved(header.keys() - extra, model)
+        if resolved.missing:
+            raise ValueError(f"this checkpoint is incomplete: no tensor for {resolved.missing[0]} ({len(resolved.missing)} in all)")
+        for name, tensors in companions.items():
+            if name in resolved.targets:
+                self._replace(model, name, resolved, self._entries[name], tensors, header)
+
+    def _replace(self, model: Any, name: str, resolved: Any, spec: Entry, tensors: dict[str, Tensor], header: dict) -> None:
+        target = resolved.targets[name]
+        path, _, leaf = target.parameter.rpartition(".")
+        module = model.get_submodule(path)
+        if isinstance(module, nn.Linear):
+            model.set_submodule(path, PackedLinear(module, spec, tensors))
+            return
+        if not isinstance(module, PackedExperts):
+            module = PackedExperts(module)
+            model.set_submodule(path, module)
+        if target.pattern is None:
+            del module._parameters[leaf]
+            module.hold(leaf, spec, tensors)
+            return
+        if leaf in module._parameters:  # from now on every expert's stored weight is a piece of its own
+            del module._parameters[leaf]
+            for sibling, expert, local in resolved.pieces(target.parameter):
+                piece = PackedPiece(None if sibling in self._entries else header[sibling])
+                _add(module, local.rpartition(".")[0].removeprefix(f"{path}."), piece)
+                module._pieces.setdefault((leaf, expert), []).append(piece)
+            for pattern in resolved.patterns(target.parameter):
+                self._fused.setdefault(pattern, set()).add(path)
+        local = resolved.local(name).rpartition(".")[0].removeprefix(f"{path}.")
+        module.get_submodule(local).hold("weight", spec, tensors)  # pyright: ignore
+
+    def update_weight_conversions(self, weight_conversions: list, model: Any) -> list:
+        """Takes out the fusing of experts where they are packed."""
+        from .model import without_fusing
+
+        return without_fusing(weight_conversions, model, self._fused)
+
+
+def _add(root: nn.Module, path: str, module: nn.Module) -> None:
+    """Puts `module` at the dotted `path` below `root`, with plain modules in between."""
+    *parents, last = path.split(".")
+    for name in parents:
+        if name not in root._modules:
+            root.add_module(name, nn.Module())
+        root = root._modules[name]  # type: ignore[assignment]
+    root.add_module(last, module)
+
+
+def _headers(files: list[str]) -> dict[str, Tensor]:
+    """Every stored tensor by name, on the meta device."""
+    found: dict[str, Tensor] = {}
+    for path in files:
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():
+                part = file.get_slice(name)
+                found[name] = torch.empty(part.get_shape(), dtype=DTYPES[part.get_dtype()], device="meta")
+    return found
+
+
+def load(folder: str | Path, **options: Any) -> Any:
+    """The model of a folder that acc wrote, packed and ready to generate; `options` go to `from_pretrained`.
+
+    Raises ValueError when the folder is not whole: index, headers and names are checked before any weight is read.
+    """
+    from transformers import AutoModelForCausalLM
+
+    from .source import open_source
+
+    source = open_source(str(folder))
+    return AutoModelForCausalLM.from_pretrained(source.folder, **({"dtype": "auto"} | options))

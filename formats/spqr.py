@@ -1,0 +1,179 @@
+"""SpQR: codes in small groups whose scales and zeros are codes themselves, and sparse corrections (arXiv 2306.03078)."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ..kernels.base import pick
+from ..kernels.packing import CHUNK, pack, pack_stream
+from ..kernels.spqr import OUTLIER_BLOCK, outlier_position, outliers_per_row, spqr_weight
+from .base import PackedWeight, Scheme
+
+
+@dataclass(frozen=True)
+class SpQRWeight(PackedWeight):
+    """`W[:, perm[j]] = scale · (code - zero) + outlier`, computed column by packed column in fp32.
+
+    Scheme: `bits` 2-8; `group_size` g along the inputs; `scale_bits`, `zero_bits` of the statistics' codes, which share a pair
+    (scale, zero) per `stat_group_size` rows; `order`: `act_order` with a permutation, or `identity`; `stat_dtype`: float16,
+    or bfloat16 for weights that float16 cannot scale.
+
+    Outliers are differences from the dequantised code, which is the one nearest to the weight. They lie sorted by block of 256
+    packed columns, row and column: 24 bits each, and one byte per row and block says how many there are. Numbers beside the
+    paper's: no fragment is stored twice (3.625 bits where the published kernel stores 4.0).
+    """
+
+    codes: Tensor  # int32 [ceil(I / 32), bits, O], as kernels/packing.py packs
+    scale: Tensor  # uint8 [G, ceil(O / 8) * scale_bits], a bit stream
+    zero: Tensor  # uint8 [G, ceil(O / 8) * zero_bits]
+    stat: Tensor  # [G, ceil(O / stat_group_size), 4]: scale of scale, zero of scale, scale of zero, zero of zero
+    perm: Tensor | None  # uint16 or int32 [I]
+    outlier_count: Tensor  # uint8 [ceil(I / 256), O]; 255: every column of the block
+    outlier_column: Tensor  # uint8 [N], within the block
+    outlier_value: Tensor  # [N]
+
+    name: ClassVar[str] = "spqr"
+    suffixes: ClassVar[dict[str, str]] = {
+        "codes": "",
+        "scale": "_scale",
+        "zero": "_zero",
+        "stat": "_stat",
+        "perm": "_perm",
+        "outlier_count": "_outlier_count",
+        "outlier_column": "_outlier_column",
+        "outlier_value": "_outlier_value",
+    }
+
+    @classmethod
+    def layout(cls, shape: tuple[int, int], scheme: Scheme) -> dict[str, tuple[tuple[int | None, ...], torch.dtype]]:
+        rows, columns = shape
+        groups, bytes_ = -(-columns // scheme["group_size"]), -(-rows // 8)
+        stat_dtype = getattr(torch, scheme["stat_dtype"])
+        layout: dict[str, tuple[tuple[int | None, ...], torch.dtype]] = {
+            "": ((-(-columns // CHUNK), scheme["bits"], rows), torch.int32),
+            "_scale": ((groups, bytes_ * scheme["scale_bits"]), torch.uint8),
+            "_zero": ((groups, bytes_ * scheme["zero_bits"]), torch.uint8),
+            "_stat": ((groups, -(-rows // scheme["stat_group_size"]), 4), stat_dtype),
+            "_perm": ((columns,), torch.uint16 if columns <= 1 << 16 else torch.int32),
+            "_outlier_count": ((-(-columns // OUTLIER_BLOCK), rows), torch.uint8),
+            "_outlier_column": ((None,), torch.uint8),
+            "_outlier_value": ((None,), stat_dtype),
+        }
+        if scheme["order"] == "identity":
+            del layout["_perm"]
+        return layout
+
+    @classmethod
+    def encode(
+        cls,
+        codes: Tensor,
+        scale: Tensor,
+        zero: Tensor,
+        stat: Tensor,
+        perm: Tensor | None,
+        outliers: tuple[Tensor, Tensor, Tensor],
+        scheme: Scheme,
+    ) -> SpQRWeight:
+        """codes `[O, I]` in packed order, scale and zero codes `[G, O]`, stat in its stored type, perm `[I]` or None, outliers
+        `(row, packed column, value)` `[N]` each, in any order."""
+        rows, columns = codes.shape
+        count, column, value = _sort_outliers(*outliers, (rows, columns))
+        return cls(
+            shape=(rows, columns),
+            scheme={"format": cls.name, **scheme},
+            codes=pack(codes, scheme["bits"]),
+            scale=pack_stream(scale, scheme["scale_bits"]),
+            zero=pack_stream(zero, scheme["zero_bits"]),
+            stat=stat.contiguous(),
+            perm=None if perm is None else perm.to(torch.uint16 if columns <= 1 << 16 else torch.int32),
+            outlier_count=count,
+            outlier_column=column,
+            outlier_value=value.to(stat.dtype),
+        )
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {suffix: tensor for suffix, tensor in super().tensors().items() if tensor is not None}
+
+    @classmethod
+    def from_tensors(cls, tensors: dict[str, Tensor], shape: tuple[int, int], scheme: Scheme) -> PackedWeight:
+        return super().from_tensors(defaultdict(lambda: None, tensors), shape, scheme)  # pyright: ignore[reportArgumentType]
+
+    @classmethod
+    def unstack(
+        cls, tensors: dict[str, Tensor], parts: int, shape: tuple[int, int], scheme: Scheme
+    ) -> list[PackedWeight]:
+        """Each matrix has its own number of outliers, which its counts tell."""
+        counts = tensors["_outlier_count"].chunk(parts)
+        sizes = [int(outliers_per_row(count, shape[1]).sum()) for count in counts]
+        cut = {}
+        for suffix, tensor in tensors.items():
+            own = cls.layout(shape, scheme)[suffix][0][0]
+            if tensor.shape[0] != (sum(sizes) if own is None else own * parts):
+                raise ValueError(f"spqr: {suffix or 'codes'!r} {tuple(tensor.shape)} does not split in {parts} parts")
+            cut[suffix] = tensor.split(sizes if own is None else own)
+        return [cls.from_tensors({s: pieces[part] for s, pieces in cut.items()}, shape, scheme) for part in range(parts)]
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        weight = spqr_weight(**self._operands(), columns=self.shape[1]).to(dtype)
+        if self.perm is not None:
+            original = torch.empty_like(weight)
+            original[:, self.perm.long()] = weight
+            weight = original
+        return weight.contiguous()
+
+    def matmul(self, x: Tensor) -> Tensor:
+        kernel = pick("spqr", device=x.device.type, bits=self.scheme["bits"], group_size=self.scheme["group_size"])
+        return kernel(x, perm=self.perm, **self._operands())
+
+    def check(self) -> None:
+        columns = self.shape[1]
+        if not (torch.isfinite(self.stat).all() and torch.isfinite(self.outlier_value).all()):
+            raise ValueError("spqr: a statistic or an outlier is not finite")
+        if self.perm is not None and not torch.equal(self.perm.long().sort().values, torch.arange(columns)):
+            raise ValueError(f"spqr: the order of columns is not a permutation of 0 to {columns - 1}")
+        total = int(outliers_per_row(self.outlier_count, columns).sum())
+        if not total == len(self.outlier_column) == len(self.outlier_value):
+            raise ValueError(
+                f"spqr: {total} outliers are counted, {len(self.outlier_column)} columns and {len(self.outlier_value)} values stored"
+            )
+        row, column = outlier_position(self.outlier_count, self.outlier_column, columns)
+        place = (column // OUTLIER_BLOCK * self.shape[0] + row) * OUTLIER_BLOCK + column % OUTLIER_BLOCK
+        if (column >= columns).any() or (place.diff() <= 0).any():
+            raise ValueError("spqr: the columns of the outliers are out of range or out of order")
+
+    @classmethod
+    def nominal_bits(cls, shape: tuple[int, int], scheme: Scheme, **counts: int) -> float:
+        """A.5 of the paper with 24 bits per outlier; `counts` may hold `outliers`."""
+        statistics = (scheme["scale_bits"] + scheme["zero_bits"] + 4 * 16 / scheme["stat_group_size"]) / scheme["group_size"]
+        return scheme["bits"] + statistics + 24 * counts.get("outliers", 0) / (shape[0] * shape[1])
+
+    def counts(self) -> dict[str, int]:
+        return {"outliers": len(self.outlier_value)}
+
+    def _operands(self) -> dict[str, Any]:
+        keys = ("bits", "group_size", "scale_bits", "zero_bits", "stat_group_size")
+        fields = [f for f in self.suffixes if f != "perm"]
+        return {f: getattr(self, f) for f in fields} | {k: self.scheme[k] for k in keys}
+
+
+def _sort_outliers(row: Tensor, column: Tensor, value: Tensor, shape: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
+    """Positions `[N]` in any order -> counts uint8 `[ceil(I / 256), O]`, columns uint8 and values in their stored order."""
+    rows, columns = shape
+    blocks = -(-columns // OUTLIER_BLOCK)
+    segment = column // OUTLIER_BLOCK * rows + row
+    within = column % OUTLIER_BLOCK
+    count = torch.bincount(segment, minlength=blocks * rows)
+    # 255 has to mean all 256: add the missing column, with a correction of zero
+    short = ((count == 255) & (torch.arange(blocks * rows, device=count.device) // rows < columns // OUTLIER_BLOCK)).nonzero()[:, 0]
+    if len(short):
+        seen = torch.zeros_like(count).index_add_(0, segment, within)
+        missing = OUTLIER_BLOCK * (OUTLIER_BLOCK - 1) // 2 - seen[short]
+        segment, within = torch.cat([segment, short]), torch.cat([within, missing])
+        value = torch.cat([value, value.new_zeros(len(short))])
+    order = (segment * OUTLIER_BLOCK + within).argsort()
+    return count.clamp(max=255).to(torch.uint8).view(blocks, rows), within[order].to(torch.uint8), value[order]

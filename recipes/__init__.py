@@ -1,0 +1,1 @@
+"""Recipes and the bundled demo model: data only."""

@@ -1,0 +1,51 @@
+"""The directory is the registry: an entry is a file whose one public class derives from the folder's base.
+
+Adding a method, a format, a statistic or a pass is adding a file. Listing reads source text and imports nothing.
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import importlib
+from pathlib import Path
+from typing import Any
+
+ENTRY_BASES = {
+    "formats": {"PackedWeight"},
+    "calibrate": {"Statistic"},
+    "compress": {"Method"},
+}
+
+
+def listing(folder: str) -> dict[str, str]:
+    """Names of the entries of `folder` (one of `ENTRY_BASES`) with the first line of their module docstring."""
+    found = {}
+    for path in sorted((Path(__file__).parent / folder).glob("*.py")):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        if _entry_class(tree, ENTRY_BASES[folder]):
+            found[path.stem] = (ast.get_docstring(tree) or "").partition("\n")[0]
+    return found
+
+
+def lookup(folder: str, name: str) -> Any:
+    """The one public class of `folder/name.py`.
+
+    Raises ValueError with the nearest names when there is no such entry."""
+    entries = listing(folder)
+    if name not in entries:
+        near = difflib.get_close_matches(name, entries, n=3) or sorted(entries)
+        raise ValueError(f"{folder}: there is no {name!r}; there is {', '.join(near)}")
+    path = Path(__file__).parent / folder / f"{name}.py"
+    class_name = _entry_class(ast.parse(path.read_text(encoding="utf-8")), ENTRY_BASES[folder])
+    assert class_name is not None
+    return getattr(importlib.import_module(f"{__package__}.{folder}.{name}"), class_name)
+
+
+def _entry_class(tree: ast.Module, bases: set[str]) -> str | None:
+    for node in tree.body:
+        if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+            names = {base.id for base in node.bases if isinstance(base, ast.Name)}
+            if names & bases:
+                return node.name
+    return None

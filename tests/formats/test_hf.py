@@ -1,0 +1,165 @@
+"""Packed checkpoints in stock transformers: same logits, same tensors when saved again, and no load that is silently wrong."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+
+import acc
+import pytest
+import torch
+from acc.compress.apply import apply
+from acc.compress.recipe import Recipe
+from acc.formats.source import open_source
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+FAMILIES = [
+    "llama", "qwen2", "qwen3", "gemma3_text", "phi3", "mixtral", "qwen3_moe", "olmoe", "deepseek_v3", "gpt_oss",
+]  # fmt: skip
+METHODS = ["rtn", "spqr"]
+
+
+def ids(rows: int = 2, length: int = 48) -> torch.Tensor:
+    return torch.randint(3, 128, (rows, length), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(scope="module")
+def packed(checkpoint, tmp_path_factory):
+    """`packed("llama", "spqr")` -> the folder of a tiny packed checkpoint."""
+    made = {}
+
+    def make(family: str, method: str, **step):
+        key = (family, method, json.dumps(step))
+        if key not in made:
+            out = tmp_path_factory.mktemp("packed") / f"{family}-{method}"
+            recipe = Recipe.from_dict({"steps": [{"method": method, "bits": 3, "group_size": 16, **step}]})
+            apply(recipe, open_source(checkpoint(family)), out, [ids()] if recipe.needs else [])
+            made[key] = out
+        return made[key]
+
+    return make
+
+
+def dense_twin(folder, target):
+    """The same model as a plain fp32 checkpoint, dequantised without rounding."""
+    source = open_source(folder)
+    tensors = {}
+    for name in source.names():
+        weight = source.packed(name)
+        parts = weight if isinstance(weight, list) else [weight]
+        tensors[name] = source.tensor(name) if weight is None else source.entries[name].dense(parts, torch.float32)
+    target.mkdir()
+    save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
+    config = {k: v for k, v in source.config.items() if k != "quantization_config"}
+    (target / "config.json").write_text(json.dumps(config))
+    return AutoModelForCausalLM.from_pretrained(target, experts_implementation="eager", dtype=torch.float32).eval()
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_logits_are_those_of_the_dequantised_model(packed, tmp_path, family, method):
+    folder = packed(family, method)
+    model = acc.load(folder, dtype=torch.float32)
+    expected = dense_twin(folder, tmp_path / "dense")(ids()).logits
+    torch.testing.assert_close(model(ids()).logits, expected, rtol=0, atol=2e-4)
+    text = model.generate(ids(1, 8), max_new_tokens=6, do_sample=False)
+    assert text.shape == (1, 14)
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral", "gpt_oss", "deepseek_v3"])
+def test_saving_again_gives_the_same_tensors(packed, tmp_path, family):
+    folder = packed(family, "spqr")
+    AutoModelForCausalLM.from_pretrained(folder).save_pretrained(tmp_path / "again")
+    first, second = open_source(folder), open_source(tmp_path / "again")
+    assert first.raw_names() == second.raw_names()
+    for name in first.raw_names():
+        assert torch.equal(first.raw(name), second.raw(name)), name
+    assert first.config["quantization_config"] == second.config["quantization_config"]
+
+
+@pytest.mark.parametrize("ignore", ["*.layers.1.*", "*.experts.2.*", "*down_proj", "re:experts\\.0\\..*gate_proj"])
+@torch.no_grad()
+def test_partly_packed_experts(packed, tmp_path, ignore):
+    """Dense and packed layers, experts and projections side by side load, agree and save again."""
+    folder = packed("olmoe", "rtn", ignore=[ignore])
+    model = acc.load(folder, dtype=torch.float32)
+    expected = dense_twin(folder, tmp_path / "dense")(ids()).logits
+    torch.testing.assert_close(model(ids()).logits, expected, rtol=0, atol=2e-4)
+    model.save_pretrained(tmp_path / "again")
+    assert open_source(tmp_path / "again").raw_names() == open_source(folder).raw_names()
+
+
+def test_tied_embeddings_stay_tied(packed):
+    folder = packed("llama", "rtn")
+    assert not any("lm_head" in name for name in open_source(folder).raw_names())
+    model = acc.load(folder)
+    assert model.lm_head.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr()
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe", "gpt_oss"])
+def test_without_acc_transformers_raises(packed, family):
+    """In a process that never imports acc: packed codes have another shape than the dense weight, so loading fails."""
+    folder = packed(family, "spqr")
+    script = (
+        "import sys, transformers\n"
+        f"try: transformers.AutoModelForCausalLM.from_pretrained({str(folder)!r})\n"
+        "except Exception as e: sys.exit(7)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd="/")
+    assert done.returncode == 7, done.stderr[-2000:]
+    with_acc = "import acc\n" + script
+    done = subprocess.run([sys.executable, "-c", with_acc], capture_output=True, text=True, cwd="/")
+    assert done.returncode == 0, done.stderr[-2000:]
+    late = script.replace("import sys, transformers\n", "import sys, transformers\nimport transformers.modeling_utils, acc\n")
+    done = subprocess.run([sys.executable, "-c", late], capture_output=True, text=True, cwd="/")
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def damaged(folder, tmp_path, change):
+    """A copy of the checkpoint with one shard changed by `change(tensors)`, and no index to notice it first."""
+    copy = tmp_path / "damaged"
+    shutil.copytree(folder, copy)
+    tensors = {}
+    for path in sorted(copy.glob("*.safetensors")):
+        tensors |= load_file(path)
+        path.unlink()
+    (copy / "model.safetensors.index.json").unlink(missing_ok=True)
+    change(tensors)
+    save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
+    return copy
+
+
+@pytest.mark.parametrize("lost", ["weight_scale", "weight", "input_layernorm.weight"])
+def test_a_missing_tensor_raises(packed, tmp_path, lost):
+    def drop(tensors):
+        del tensors[next(n for n in tensors if n.endswith(lost) and "layers.1" in n)]
+
+    copy = damaged(packed("llama", "rtn"), tmp_path, drop)
+    with pytest.raises(ValueError, match="missing|incomplete|lacks"):
+        AutoModelForCausalLM.from_pretrained(copy)
+
+
+def test_another_format_version_is_refused(packed, tmp_path):
+    copy = damaged(packed("llama", "rtn"), tmp_path, lambda tensors: None)
+    config = json.loads((copy / "config.json").read_text())
+    config["quantization_config"]["version"] = 99
+    (copy / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="version"):
+        AutoModelForCausalLM.from_pretrained(copy)
+
+
+def test_moving_and_casting_never_rounds_packed_tensors(packed):
+    model = acc.load(packed("llama", "spqr"), dtype=torch.float32)
+    module = model.model.layers[0].mlp.up_proj
+    before = {n: b.clone() for n, b in module.named_buffers()}
+    module.to(torch.bfloat16)
+    module.to("cpu")
+    for name, buffer in module.named_buffers():
+        assert buffer.dtype == before[name].dtype
+        assert torch.equal(buffer, before[name])
+    y = module(torch.randn(2, 64, dtype=torch.bfloat16))
+    assert y.dtype == torch.bfloat16
