@@ -220,7 +220,8 @@ def same_fingerprint(expected: dict[str, Any], found: dict[str, Any], tolerance:
     error = math.hypot(*(a - b for a, b in pairs))
     if error <= tolerance * size:
         return None
-    return f"the logits differ from those recorded by {error / max(size, 1e-30):.1%} (tolerance {tolerance:.1%})"
+    percent = 100 * error / max(size, 1e-30)
+    return f"the logits differ from those recorded by {percent:.2g}% (tolerance {100 * tolerance:.2g}%)"
 
 
 def _spread(vocab_size: int, length: int) -> Tensor:

@@ -9,7 +9,7 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from .safefile import INDEX, SINGLE, is_plain, read_index
 
@@ -29,17 +29,25 @@ def fetch(repo: str, revision: str | None, remote_code: bool) -> tuple[Path, str
     """
     from huggingface_hub import HfApi, errors, hf_hub_download
 
-    def get(name: str, commit: str | None) -> Path:
-        try:
-            return Path(hf_hub_download(repo, name, revision=commit))
-        except (OSError, errors.HTTPError, errors.EntryNotFoundError, errors.HFValidationError) as error:
-            _explain(error, repo, revision, name)
-
-    folder = get("config.json", revision).parent
-    commit = folder.name
+    names, unreachable = None, None
     try:
-        names = HfApi().list_repo_files(repo, revision=commit)
-    except (OSError, errors.HTTPError):
+        names = [file.rfilename for file in HfApi().model_info(repo, revision=revision).siblings or ()]
+    except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.HFValidationError) as error:
+        raise ValueError(_explain(error, repo, revision, "config.json")) from error
+    except (OSError, errors.HTTPError) as error:
+        unreachable = error
+    if names is not None and "config.json" not in names:
+        raise ValueError(f"{repo}: the model on the hub has no config.json: not a transformers model")
+
+    def get(name: str, at: str | None) -> Path:
+        try:
+            return Path(hf_hub_download(repo, name, revision=at, local_files_only=unreachable is not None))
+        except (OSError, errors.HTTPError, errors.EntryNotFoundError) as error:
+            raise OSError(_explain(unreachable or error, repo, revision, name)) from error
+
+    folder = get("config.json", revision).parent  # by its branch, which the cache then knows when there is no network
+    commit = folder.name
+    if names is None:
         names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
     for name in _needed(repo, names, remote_code, lambda name: get(name, commit)):
         get(name, commit)
@@ -47,7 +55,7 @@ def fetch(repo: str, revision: str | None, remote_code: bool) -> tuple[Path, str
 
 
 def _needed(repo: str, names: list[str], remote_code: bool, get: Callable[[str], Path]) -> list[str]:
-    """Weights first: a repository without any is refused before the small files are fetched."""
+    """What else to fetch; a repository without safetensors is refused before anything large moves."""
     if SINGLE in names:
         weights = [SINGLE]
     elif INDEX in names:
@@ -75,31 +83,25 @@ def _is_side(name: str, remote_code: bool) -> bool:
     return name.endswith(SIDE_SUFFIXES) or name.upper().startswith(("LICENSE", "NOTICE", "USE_POLICY"))
 
 
-def _explain(error: Exception, repo: str, revision: str | None, name: str) -> NoReturn:
+def _explain(error: Exception, repo: str, revision: str | None, name: str) -> str:
     """What went wrong on the hub, in the user's terms."""
     from huggingface_hub import errors
 
     if isinstance(error, errors.GatedRepoError):
-        text = f"{repo} is gated: accept its conditions on the hub, then log in with `hf auth login` or set HF_TOKEN"
-    elif isinstance(error, errors.RepositoryNotFoundError):
-        text = (
-            f"{repo}: neither a folder here nor a model on the hub; check the spelling (a private model needs HF_TOKEN)"
-        )
-    elif isinstance(error, errors.RevisionNotFoundError):
-        text = f"{repo}: there is no revision {revision!r}"
-    elif isinstance(error, (errors.LocalEntryNotFoundError, ConnectionError)):
-        text = (
-            f"{repo}: not a folder here, the hub cannot be reached (no network, or HF_HUB_OFFLINE), not cached: {name}"
-        )
-    elif isinstance(error, errors.EntryNotFoundError):
-        text = f"{repo}: the model on the hub has no {name}"
-    elif isinstance(error, errors.HFValidationError):
-        text = f"{repo}: neither a folder here nor the id of a model on the hub (org/name)"
-    else:
-        text = (
-            f"{repo}: fetching {name} failed: {str(error).strip().splitlines()[0] if str(error).strip() else error!r}"
-        )
-    raise (OSError if isinstance(error, errors.LocalEntryNotFoundError) else ValueError)(text) from None
+        return f"{repo} is gated: accept its conditions on the hub, then log in with `hf auth login` or set HF_TOKEN"
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return f"{repo}: neither a folder here nor a model on the hub; mind the spelling (a private one needs HF_TOKEN)"
+    if isinstance(error, errors.HFValidationError):
+        return f"{repo}: neither a folder here nor the id of a model on the hub (org/name)"
+    if isinstance(error, errors.RevisionNotFoundError):
+        return f"{repo}: there is no revision {revision!r}"
+    if isinstance(error, errors.HfHubHTTPError) and not isinstance(error, errors.EntryNotFoundError):
+        return f"{repo}: the hub answered {error.response.status_code}, and {name} is not in the cache; try again later"
+    if isinstance(error, errors.EntryNotFoundError) and not isinstance(error, errors.LocalEntryNotFoundError):
+        return f"{repo}: the model on the hub has no {name}"
+    if isinstance(error, (errors.HTTPError, errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled)):
+        return f"{repo}: not a folder here; the hub is out of reach (no network, or HF_HUB_OFFLINE), not cached: {name}"
+    return f"{repo}: fetching {name} failed: {error}"  # the disk, most likely
 
 
 def unpack_gguf(path: Path) -> tuple[Path, str]:

@@ -480,7 +480,7 @@ class Hub(ThreadingHTTPServer):
     def __init__(self, files: dict[str, bytes], refusal: tuple[int, str] | None = None):
         super().__init__(("127.0.0.1", 0), Answer)
         self.files, self.refusal, self.fetched = files, refusal, []
-        threading.Thread(target=self.serve_forever, daemon=True).start()
+        threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
 
     @property
     def url(self) -> str:
@@ -503,15 +503,15 @@ class Answer(BaseHTTPRequestHandler):
         path = self.path.partition("?")[0]
         if self.server.refusal:
             return self.reply(self.server.refusal[0], b"", {"X-Error-Code": self.server.refusal[1]})
-        if path.startswith("/api/models/org/name/tree/"):
-            tree = [{"type": "file", "path": n, "size": len(c), "oid": "0"} for n, c in self.server.files.items()]
-            return self.reply(200, json.dumps(tree).encode(), {"Content-Type": "application/json"})
+        if path.startswith("/api/models/org/name"):
+            if path.rpartition("/")[2] not in ("name", "main", "v1", COMMIT):
+                return self.reply(404, b"", {"X-Error-Code": "RevisionNotFound"})
+            info = {"id": "org/name", "sha": COMMIT, "siblings": [{"rfilename": name} for name in self.server.files]}
+            return self.reply(200, json.dumps(info).encode(), {"Content-Type": "application/json"})
         if not path.startswith("/org/name/resolve/"):
             return self.reply(404, b"", {"X-Error-Code": "RepoNotFound"})
         revision, _, name = path.removeprefix("/org/name/resolve/").partition("/")
-        if revision not in ("main", "v1", COMMIT):
-            return self.reply(404, b"", {"X-Error-Code": "RevisionNotFound"})
-        if name not in self.server.files:
+        if revision not in ("main", "v1", COMMIT) or name not in self.server.files:
             return self.reply(404, b"", {"X-Error-Code": "EntryNotFound"})
         if body:
             self.server.fetched.append(name)
@@ -590,8 +590,10 @@ def test_hub_serves_from_the_cache_without_a_network(tmp_path, hub, monkeypatch)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert open_source("org/name").identity() == source.identity()
     assert open_source(str(source.folder)).names() == source.names()
-    with pytest.raises(OSError, match="cannot be reached"):
+    with pytest.raises(OSError, match="out of reach"):
         open_source("org/other")
+    with pytest.raises(OSError, match="out of reach"):
+        open_source("org/name@v1")
 
 
 @pytest.mark.parametrize(
@@ -602,12 +604,12 @@ def test_hub_serves_from_the_cache_without_a_network(tmp_path, hub, monkeypatch)
         (["config.json"], "org/name", "has no config.json"),
         ([INDEX, "consolidated.safetensors", "x.gguf"], "org/name", "only pickled weights"),
         ([INDEX, "pytorch_model.bin"], "org/name", "name that file"),
-        (["model-00002-of-00002.safetensors"], "org/name", "has no model-00002-of-00002.safetensors"),
+        (["model-00002-of-00002.safetensors"], "org/name", "model-00002-of-00002.safetensors"),
     ],
 )
 def test_hub_answers_that_end_it(tmp_path, hub, drop, spec, message):
     hub({name: content for name, content in repository(tmp_path / "m").items() if name not in drop})
-    with pytest.raises(ValueError, match=message) as caught:
+    with pytest.raises((ValueError, OSError), match=message) as caught:
         open_source(spec)
     assert "\n" not in str(caught.value)
 
@@ -617,7 +619,8 @@ def test_hub_answers_that_end_it(tmp_path, hub, drop, spec, message):
     [
         ((403, "GatedRepo"), "is gated"),
         ((401, "RepoNotFound"), "neither a folder"),
-        ((403, ""), "fetching config.json"),
+        ((403, ""), "answered 403"),
+        ((503, ""), "answered 503"),
     ],
 )
 def test_hub_refusals(hub, refusal, message):
@@ -625,6 +628,14 @@ def test_hub_refusals(hub, refusal, message):
     with pytest.raises((ValueError, OSError), match=message) as caught:
         open_source("org/name")
     assert "\n" not in str(caught.value)
+
+
+def test_hub_that_nobody_answers(hub):
+    server = hub({})
+    server.shutdown()
+    server.server_close()
+    with pytest.raises(OSError, match="no network"):
+        open_source("org/name")
 
 
 def test_hub_index_is_checked_before_its_files_are_fetched(tmp_path, hub):

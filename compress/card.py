@@ -1,0 +1,5 @@
+"""The model card."""
+
+
+def card(source, recipe, records, text_record):
+    return "# card\n"
