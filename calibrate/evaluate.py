@@ -9,6 +9,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from .stream import Stream
+
 BF16_TOLERANCE = 0.03  # of `same_fingerprint`, when one of the two sides computed in bf16
 Progress = Callable[[str, int], None]  # ("model" | "base", blocks done) or ("windows", windows scored)
 
@@ -67,11 +69,12 @@ def evaluate(
 class Scores:
     """Means over the predicted tokens of each window: all but the first, which nothing precedes.
 
-    Logarithms are taken in fp32, over a few positions at a time so that no second copy of the logits arises, and
-    summed in fp64. A logit that is not finite is an error.
+    Logarithms are taken in fp32, over a few positions at a time so that no second copy of the logits arises (and what
+    does arise stays in the cache: measured 1.7 times as fast as pieces of 2**22), and summed over positions in fp64.
+    A logit that is not finite is an error.
     """
 
-    def __init__(self, chunk_elements: int = 2**22):
+    def __init__(self, chunk_elements: int = 2**17):
         self.chunk_elements = chunk_elements
         self.window = 0
         self.nll: list[float] = []
@@ -79,6 +82,7 @@ class Scores:
         self.kl: list[float] = []
         self.top1: list[float] = []
 
+    @torch.no_grad()
     def add(self, ids: Tensor, logits: Tensor, base: Tensor | None = None) -> None:
         """One window: `ids [T]`, `logits [T, V]` and those of the base. Every window has the same length."""
         number = len(self.nll) + 1
@@ -147,13 +151,13 @@ def _chunk_sums(targets: Tensor, logits: Tensor, base: Tensor | None, window: in
     log_b = _log_softmax(base, window, "base")
     nll_base = -log_b.gather(1, targets[:, None]).sum(dtype=torch.float64)
     agree = (logits.argmax(1) == base.argmax(1)).sum(dtype=torch.float64)
-    kl = log_p.neg_().add_(log_b).mul_(log_b.exp_()).sum(dtype=torch.float64)
+    kl = log_p.neg_().add_(log_b).mul_(log_b.exp_()).sum(1).sum(dtype=torch.float64)
     return torch.stack([nll, nll_base, kl, agree])
 
 
 def _log_softmax(logits: Tensor, window: int, whose: str) -> Tensor:
     values = logits.float()
-    if not torch.isfinite(values).all():
+    if not torch.isfinite(torch.stack(values.aminmax())).all():  # both are NaN if one value is
         raise ValueError(f"window {window}: the {whose}'s logits are not finite; try another --dtype, or acc verify")
     return values.log_softmax(-1)
 
@@ -181,7 +185,7 @@ def fingerprint(logits: Tensor) -> dict[str, Any]:
     `top`: the eight highest logits as `[id, value]`; `probe`: those of 16 ids spread over the vocabulary; `spread`: the
     standard deviation of all. Values are relative to the mean logit, which softmax ignores, and have 6 digits.
     """
-    last = logits.reshape(-1, logits.shape[-1])[-1].double().cpu()
+    last = logits.reshape(-1, logits.shape[-1])[-1].detach().double().cpu()
     if not torch.isfinite(last).all():
         raise ValueError("the model's logits are not finite")
     values = last - last.mean()
@@ -192,6 +196,15 @@ def fingerprint(logits: Tensor) -> dict[str, Any]:
         "top": [[int(i), _round(v)] for i, v in zip(top.indices, top.values)],
         "probe": [_round(v) for v in values[_spread(len(values), 16)]],
     }
+
+
+def fingerprint_of(source: Any) -> dict[str, Any]:
+    """The fingerprint of a model as its files have it, streamed in fp32: half precision alone moves it by percents."""
+    stream = Stream(source, dtype=torch.float32)
+    vocabulary = stream.skeleton.model.get_input_embeddings().num_embeddings
+    for _ in stream.blocks([fingerprint_ids(vocabulary)]):
+        pass
+    return fingerprint(next(stream.logits())[0])
 
 
 def same_fingerprint(expected: dict[str, Any], found: dict[str, Any], tolerance: float = 1e-3) -> str | None:

@@ -60,12 +60,9 @@ class Stream:
         return self.skeleton.parameters
 
     @torch.no_grad()
-    def blocks(self, batches: Sequence[Batch], unobserved: Sequence[Batch] = ()) -> Iterator[Block]:
-        """Yields every block in turn, its weights in memory; what it was left with is what the next one sees.
-
-        `unobserved` batches go through the blocks as well but leave no trace in statistics; their logits come first.
-        """
-        self._batches = [_Carried.of(b, False) for b in unobserved] + [_Carried.of(b, True) for b in batches]
+    def blocks(self, batches: Sequence[Batch]) -> Iterator[Block]:
+        """Yields every block in turn, its weights in memory; what it was left with is what the next one sees."""
+        self._batches = [_Carried.of(batch) for batch in batches]
         self._hidden = _Spilled(Path(self._spill.name)) if self._spill else []
         interned: list[Tensor] = []
         calls: list[list[tuple[tuple, dict]]] = []
@@ -82,18 +79,18 @@ class Stream:
                 self._settle()
 
     @torch.no_grad()
-    def logits(self, first: int | None = None) -> Iterator[Tensor]:
-        """After the last block: logits `[B, T, V]` in fp32 for each batch, or for the `first` so many."""
-        self._settle(first)
+    def logits(self) -> Iterator[Tensor]:
+        """After the last block: logits `[B, T, V]` in fp32 for each batch."""
+        self._settle()
         with self.skeleton.outer(self._read(self.skeleton.outer_names)):
-            for batch, hidden in zip(self._batches[:first], self._hidden):
+            for batch, hidden in zip(self._batches, self._hidden):
                 yield self.skeleton.logits(batch.ids, hidden, batch.mask).float()
 
-    def _settle(self, first: int | None = None) -> None:
+    def _settle(self) -> None:
         """Leaves the pending block: its outputs become the next one's inputs."""
         block, self._pending = self._pending, None
         if block is not None:
-            self._hidden = block.outputs if block.outputs is not None else block.run(first)
+            self._hidden = block.outputs if block.outputs is not None else block.run()
             block.drop()
 
     def _read(self, names: list[str]) -> dict[str, Tensor]:
@@ -135,10 +132,10 @@ class Block:
         return sum(tensor.numel() for tensor in self.tensors.values())
 
     @torch.no_grad()
-    def run(self, first: int | None = None) -> list[Tensor] | _Spilled:
-        """Runs the batches, or the `first` so many; keeps and returns the outputs, one `[B, T, H]` per batch."""
+    def run(self) -> list[Tensor] | _Spilled:
+        """Runs the batches; keeps and returns the outputs, one `[B, T, H]` per batch."""
         outputs = self._stream._new_hidden()
-        for batch, hidden, (args, kwargs) in zip(self._stream._batches[:first], self._stream._hidden, self._calls):
+        for batch, hidden, (args, kwargs) in zip(self._stream._batches, self._stream._hidden, self._calls):
             result = self._module(hidden, *args, **kwargs)
             outputs.append(result[0] if isinstance(result, tuple) else result)
             self._stream.tick(batch.ids.numel())
@@ -158,11 +155,10 @@ class Block:
         current = self._stream._batches[:1]
 
         def see_linear(leader: str, x: Tensor) -> None:
-            if current[0].observed:
-                collected.update((leader, None, "linear"), current[0].valid(x.reshape(-1, x.shape[-1])))
+            collected.update((leader, None, "linear"), current[0].valid(x.reshape(-1, x.shape[-1])))
 
         def see_expert(path: str, expert: int, role: str, tokens: Tensor, x: Tensor) -> None:
-            if current[0].observed and (path, expert, role) in experts:
+            if (path, expert, role) in experts:
                 collected.update((path, expert, role), current[0].valid(x, tokens))
 
         outputs = self._stream._new_hidden()
@@ -230,12 +226,10 @@ class _Carried:
 
     ids: Tensor  # [B, T]
     mask: Tensor | None  # [B, T], zero where there is padding
-    observed: bool
 
     @classmethod
-    def of(cls, batch: Batch, observed: bool) -> _Carried:
-        ids, mask = batch if isinstance(batch, tuple) else (batch, None)
-        return cls(ids, mask, observed)
+    def of(cls, batch: Batch) -> _Carried:
+        return cls(*batch) if isinstance(batch, tuple) else cls(batch, None)
 
     def valid(self, x: Tensor, tokens: Tensor | None = None) -> Tensor:
         """The rows of `x [N, I]` that are no padding; `tokens [N]` are their places in the flattened batch."""

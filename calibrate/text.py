@@ -136,16 +136,14 @@ def load_text(
     if spec == "self":
         stream = _sample(tokenizer, generate, nsamples, seqlen, seed, vocab_size)
     else:
-        stream = load_tokens(spec, tokenizer, seed=seed, limit=nsamples * seqlen, chat_template=chat_template)
+        limit = nsamples * seqlen
+        stream = load_tokens(
+            spec, tokenizer, seed=seed, limit=limit, chat_template=chat_template, vocab_size=vocab_size
+        )
     if stream.tokens < seqlen:
         raise ValueError(
             f"{spec}: {stream.tokens} tokens, fewer than one sequence of {seqlen}; "
             f"use --seqlen {stream.tokens} or less, or a longer text"
-        )
-    if vocab_size is not None and int(stream.ids.max()) >= vocab_size:
-        raise ValueError(
-            f"{spec}: the tokenizer gives token {int(stream.ids.max())}, the model knows {vocab_size}; "
-            "the tokenizer is not this model's"
         )
     used = min(nsamples, stream.tokens // seqlen)
     batches = stream.ids[: used * seqlen].view(used, seqlen).clone()
@@ -163,40 +161,49 @@ def load_tokens(
     seed: int | None = None,
     limit: int | None = None,
     chat_template: ChatTemplate = "auto",
+    vocab_size: int | None = None,
 ) -> TokenStream:
     """The tokens of every document of `spec` (any form but `self`), back to back.
 
     A text file is always tokenised whole. Several documents are shuffled when `seed` is given (those of a hub data set
     file by file), and no further one is tokenised, no further file fetched, once there are `limit` tokens.
     """
-    revision = None
     if spec == "self":
         raise ValueError("--data self: sampled text serves calibration, not evaluation; name a file")
+    revision = None
     if spec.startswith("hf:"):
         kind, (revision, groups) = "hub data set", hub_documents(spec)
     else:
         kind, documents = local_documents(spec)
         groups = iter([documents])
     encoder = _Encoder(tokenizer, chat_template)
-    ids: list[int] = []
-    used = left = 0
-    for group in groups:
-        shuffled = _shuffle(group, seed)
-        taken = 0
-        for tokens in encoder.encode(shuffled):
-            ids += tokens
-            taken += 1
-            if limit is not None and len(ids) >= limit:
-                break
-        used, left = used + taken, left + len(group) - taken
-        if limit is not None and len(ids) >= limit:
-            break
+    ids, used, left = _pack(groups, encoder, seed, limit)
     if not ids:
         raise ValueError(f"{spec}: no text in it; name another with {OTHER_WAYS}")
+    if vocab_size is not None and (largest := max(ids)) >= vocab_size:
+        raise ValueError(
+            f"{spec}: the tokenizer gives token {largest}, the model knows {vocab_size}: they do not belong together"
+        )
     order = "as written" if seed is None or used + left == 1 else f"documents shuffled with seed {seed}"
     return TokenStream(
         torch.tensor(ids), spec, kind, used, left, order, encoder.bos_decision, encoder.chat_decision, revision
     )
+
+
+def _pack(
+    groups: Iterator[list[Document]], encoder: _Encoder, seed: int | None, limit: int | None
+) -> tuple[list[int], int, int]:
+    """Tokens back to back until there are `limit`; how many documents they came from, and how many were left."""
+    ids: list[int] = []
+    used = left = 0
+    for group in groups:
+        left += len(group)
+        for tokens in encoder.encode(_shuffle(group, seed)):
+            ids += tokens
+            used, left = used + 1, left - 1
+            if limit is not None and len(ids) >= limit:
+                return ids, used, left
+    return ids, used, left
 
 
 def sha256_of(ids: Tensor) -> str:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .. import __version__
 from ..calibrate.base import Statistic
-from ..calibrate.evaluate import fingerprint, fingerprint_ids
+from ..calibrate.evaluate import fingerprint_of
 from ..calibrate.stream import Block, Statistics, Stream
 from ..formats.base import Entry, PackedWeight, Scheme, format_of, quantization_config
 from ..formats.ledger import Ledger
@@ -67,6 +67,8 @@ def apply(
     dtype = None if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
     stream = Stream(source, dtype=dtype, device=device, spill=spill)
     chosen = assign(recipe, stream)
+    if recipe.needs and not batches:
+        raise ValueError(f"{recipe.steps[0].method} needs calibration text: name one with --data")
     units = [OUTER, *(_unit(index) for index in range(len(stream.skeleton.layers)))]
     identity = {"acc": __version__, "recipe": recipe.to_dict(), "source": source.identity(), "data": text_record}
     size = sum(source.info(name).nbytes for name in source.names())
@@ -76,11 +78,10 @@ def apply(
         return Outcome(store.out, [], [], time.monotonic() - started)
     if not store.done(OUTER):
         kept = {name: source.tensor(name) for name in (*stream.skeleton.outer_names, *stream.skeleton.strays)}
-        store.write(OUTER, kept, [_kept(name, finite_tensor(tensor, name)) for name, tensor in kept.items()])
+        store.write(OUTER, kept, [_kept(name, finite(tensor, name)) for name, tensor in kept.items()])
     work = _Work(stream, chosen, batches, report)
     entries: dict[str, Entry] = {}
-    probe = fingerprint_ids(stream.skeleton.model.config.get_text_config(decoder=True).vocab_size)
-    for block in stream.blocks(batches, unobserved=[probe]):
+    for block in stream.blocks(batches):
         work.enter(block)
         if store.done(_unit(block.index)):
             packed = _reload(block, store)
@@ -89,7 +90,6 @@ def apply(
             packed = _compress_block(block, chosen, store, work)
         entries |= {name: entry for name, (entry, _) in packed.items()}
         block.replace({name: entry.dense(parts, source.dtype) for name, (entry, parts) in packed.items()})
-    print_of_logits = fingerprint(next(stream.logits(first=1))[0])
     records = list(store.records())
     config = {key: value for key, value in source.config.items() if key != "quantization_config"}
     config["quantization_config"] = quantization_config(
@@ -100,7 +100,7 @@ def apply(
         source.side_files(),
         {"recipe.yaml": recipe.to_yaml(), "README.md": card(source, recipe, records, text_record)},
         expected=_settle(source, entries),
-        fingerprint={**print_of_logits, "dtype": str(stream.dtype).removeprefix("torch.")},
+        fingerprint=fingerprint_of(_Written(source, store, entries)),
         root=source.folder,
     )
     report(1.0, "done")
@@ -251,12 +251,6 @@ def _kept(name: str, tensor: Tensor) -> Record:
     }
 
 
-def finite_tensor(tensor: Tensor, name: str) -> Tensor:
-    """The tensor itself. Raises ValueError when it holds NaN or Inf."""
-    finite(tensor, name)
-    return tensor
-
-
 def _passes(wanted: list[Matrix], chosen: dict[str, Step]) -> list[list[Matrix]]:
     """Cuts a block's matrices into groups whose statistics fit in memory together; siblings of a layer stay together
     as long as they can."""
@@ -291,6 +285,26 @@ def _reload(block: Block, store: Store) -> dict[str, tuple[Entry, list[PackedWei
     for name, entry in _entries(block, {n: (tuple(r["shape"]), r["scheme"]) for n, r in first.items()}).items():
         found[name] = (entry, entry.unpack({suffix: stored[name + suffix] for suffix in entry.layout()}))
     return found
+
+
+class _Written:
+    """The finished model as it lies in the shards, before its folder is published: what a `Stream` needs of a source."""
+
+    def __init__(self, source: Source, store: Store, entries: dict[str, Entry]):
+        self.spec, self.folder, self.dtype = source.spec, source.folder, source.dtype
+        self.names, self.info = source.names, source.info
+        self._store, self._entries = store, entries
+        self._unit_of = {name: unit for unit, line in store.lines.items() for name in line["tensors"]}
+        self._open: tuple[str, dict[str, Tensor]] = ("", {})
+
+    def tensor(self, name: str) -> Tensor:
+        unit = self._unit_of[name]
+        if self._open[0] != unit:
+            self._open = (unit, self._store.read(unit))
+        stored, entry = self._open[1], self._entries.get(name)
+        if entry is None:
+            return stored[name]
+        return entry.dense(entry.unpack({suffix: stored[name + suffix] for suffix in entry.layout()}), self.dtype)
 
 
 def _settle(source: Source, entries: dict[str, Entry]) -> set[str]:

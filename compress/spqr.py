@@ -20,11 +20,11 @@ TINY = 1e-30  # a group of zeros has scale 0; this is what its weights are divid
 class SpQR(Method):
     """Quantises column after column, lets later columns make up for the error, and keeps what cannot be rounded.
 
-    The output error of a layer is quadratic in its weights, with the Hessian `H = 2 E[x xᵀ]`. Each column's error is spread
-    over the columns after it as the inverse Hessian says (GPTQ, arXiv 2210.17323). Small groups follow the weights
-    closely, and cost little because their scales and zeros are quantised too. A weight whose error would still be large,
-    measured at the output, keeps a 16-bit correction; which weights would spoil the grid of their group is found by
-    leaving each one out.
+    The output error of a layer is quadratic in its weights, with the Hessian `H = 2 E[x xᵀ]`. Each column's error is
+    spread over the columns after it as the inverse Hessian says (GPTQ, arXiv 2210.17323). Small groups follow the
+    weights closely, and cost little because their scales and zeros are quantised too. A weight whose error would still
+    be large, measured at the output, keeps a 16-bit correction; which weights would spoil the grid of their group is
+    found by leaving each one out.
 
     Unlike the authors' code, statistics have their stored precision before codes are chosen, so that the errors made
     up for are those of the file; and their codes are those of least error, not each the nearest to its real value,
@@ -83,7 +83,7 @@ class Prepared:
 
 
 def usable(statistic: Statistic, event: Event) -> Tensor:
-    """The Hessian `[I, I]`, its mean diagonal 1; where nothing is known the identity, which makes of SpQR a rounding."""
+    """The Hessian `[I, I]`, its mean diagonal 1; where nothing is known the identity: SpQR becomes a rounding."""
     hessian = statistic.value()
     mean = float(hessian.diagonal().mean())
     if not statistic.tokens:
@@ -101,8 +101,8 @@ def usable(statistic: Statistic, event: Event) -> Tensor:
 def inverse_factor(hessian: Tensor, damp_percent: float, event: Event) -> Tensor:
     """`U` upper triangular with `Uᵀ U = (H + λ)⁻¹`, λ = damp_percent times the mean of the living diagonal.
 
-    With `J` the reversal of order and `L` the Cholesky factor of `J (H + λ) J` it is `U = J L⁻¹ J`: one factorisation and
-    one triangular inverse. What is not positive in fp32 is tried in fp64, then with more damping: an event.
+    With `J` the reversal of order and `L` the Cholesky factor of `J (H + λ) J` it is `U = J L⁻¹ J`: one factorisation
+    and one triangular inverse. What is not positive in fp32 is tried in fp64, then with more damping: an event.
     """
     flipped, diagonal = hessian.flip(0, 1), hessian.diagonal()
     mean = diagonal[diagonal > 0].mean()
@@ -125,7 +125,7 @@ def inverse_factor(hessian: Tensor, damp_percent: float, event: Event) -> Tensor
 
 
 def stat_dtype(columns: Tensor, event: Event) -> torch.dtype:
-    """float16 for second-level statistics and outliers, unless the weights are so small or large that digits were lost."""
+    """float16 for second-level statistics and outliers, unless weights so small or large would lose digits."""
     largest = float(columns.abs().amax())
     if largest == 0 or 2**-9 <= largest <= 2**14:
         return torch.float16
@@ -133,9 +133,7 @@ def stat_dtype(columns: Tensor, event: Event) -> torch.dtype:
     return torch.bfloat16
 
 
-def solve(
-    columns: Tensor, prepared: Prepared, settings: SpQR, dtype: torch.dtype
-) -> tuple[Tensor, list[Grid], Tensor]:
+def solve(columns: Tensor, prepared: Prepared, settings: SpQR, dtype: torch.dtype) -> tuple[Tensor, list[Grid], Tensor]:
     """The column loop over `Wᵀ [I, O]` in packed order, which is overwritten with what `dequantize` will return.
 
     Returns codes uint8 `[I, O]`, a grid per group, and corrections `[I, O]` in `dtype`, zero for all but outliers.
@@ -224,8 +222,8 @@ def fit(group: Tensor, importance: Tensor, live: Tensor, tau: float, settings: S
 def even_grid(low: Tensor, high: Tensor, top: int) -> tuple[Tensor, Tensor]:
     """Scale and zero of `top` even steps from low to high.
 
-    A range further from 0 than it is wide is stretched towards 0: the zero stays within -top and 2 top, where a few bits
-    can tell it, and a constant group is exact.
+    A range further from 0 than it is wide is stretched towards 0: the zero stays within -top and 2 top, where a few
+    bits can tell it, and a constant group is exact.
     """
     scale = torch.maximum(high - low, torch.maximum(low, -high)) / top
     return scale, -low / scale.clamp(min=TINY)
@@ -241,8 +239,9 @@ def grid_error(group: Tensor, scale: Tensor, zero: Tensor, importance: Tensor, t
 def leave_one_out(group: Tensor, importance: Tensor, tau: float, top: int) -> Tensor:
     """bool `[g, O]`: weights without which the others of their group are rounded better, by more than τ.
 
-    Leaving out a weight that is neither the least nor the greatest leaves the grid as it was: the gain is the weight's own
-    error. Only for those two is the grid fitted again (to the same range, if there are two of them): O(g), not O(g²).
+    Leaving out a weight that is neither the least nor the greatest leaves the grid as it was: the gain is the weight's
+    own error. Only for those two is the grid fitted again (to the same range, if there are two of them): O(g), not
+    O(g²).
     """
     low, at_low = group.min(0, keepdim=True)
     high, at_high = group.max(0, keepdim=True)
@@ -268,8 +267,8 @@ class Levels:
 
     @classmethod
     def of(cls, values: Tensor, bits: int, share: int, dtype: torch.dtype) -> Levels:
-        """Even steps between the least and the greatest of `values [O]` in each `share` rows. Where these are equal, as far
-        as the stored type can tell, code 0 meets them."""
+        """Even steps between the least and the greatest of `values [O]` in each `share` rows. Where these are equal, as
+        far as the stored type can tell, code 0 meets them."""
         rows, top = len(values), (1 << bits) - 1
         shared = torch.cat([values, values[-1:].expand(-rows % share)]).view(-1, share)
         low, high = shared.amin(1), shared.amax(1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -19,7 +19,8 @@ from .base import PackedWeight, Scheme
 class GroupedWeight(PackedWeight):
     """`W = scale · (code - zero)`. Scheme: `bits` 2-8, `group_size` (-1: a whole row), `symmetric`, `scale_dtype`.
 
-    The zero point is an integer in [0, 2^bits - 1], as GPTQ's; a symmetric grid has the zero point 2^(bits - 1) and stores none.
+    The zero point is an integer in [0, 2^bits - 1], as GPTQ's; a symmetric grid has the zero point 2^(bits - 1) and
+    stores none.
     """
 
     codes: Tensor  # int32 [ceil(I / 32), bits, O], as kernels/packing.py packs
@@ -76,9 +77,9 @@ class GroupedWeight(PackedWeight):
         bits, zero = scheme["bits"], 0 if scheme["symmetric"] else scheme["bits"]
         return bits + (8 * getattr(torch, scheme["scale_dtype"]).itemsize + zero) / _width(shape, scheme)
 
-    def _operands(self) -> dict:
-        width = _width(self.shape, self.scheme)
-        return {"codes": self.codes, "scale": self.scale, "zero": self.zero, "bits": self.scheme["bits"], "group_size": width}
+    def _operands(self) -> dict[str, Any]:
+        numbers = {"bits": self.scheme["bits"], "group_size": _width(self.shape, self.scheme)}
+        return {"codes": self.codes, "scale": self.scale, "zero": self.zero, **numbers}
 
 
 def _width(shape: tuple[int, int], scheme: Scheme) -> int:

@@ -1,4 +1,4 @@
-"""SpQR: codes in small groups whose scales and zeros are codes themselves, and sparse corrections (arXiv 2306.03078)."""
+"""SpQR: codes in small groups, whose scales and zeros are codes too, and sparse corrections (arXiv 2306.03078)."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from .base import PackedWeight, Scheme
 class SpQRWeight(PackedWeight):
     """`W[:, perm[j]] = scale · (code - zero) + outlier`, computed column by packed column in fp32.
 
-    Scheme: `bits` 2-8; `group_size` g along the inputs; `scale_bits`, `zero_bits` of the statistics' codes, which share a pair
-    (scale, zero) per `stat_group_size` rows; `order`: `act_order` with a permutation, or `identity`; `stat_dtype`: float16,
-    or bfloat16 for weights that float16 cannot scale.
+    Scheme: `bits` 2-8; `group_size` along the inputs; `scale_bits`, `zero_bits` of the statistics' codes, which have
+    their own scale and zero per `stat_group_size` rows; `order`: `act_order` with a permutation, or `identity`;
+    `stat_dtype`: float16, or bfloat16 for weights that float16 cannot scale.
 
-    Outliers are differences from the dequantised code, which is the one nearest to the weight. They lie sorted by block of 256
-    packed columns, row and column: 24 bits each, and one byte per row and block says how many there are. Numbers beside the
-    paper's: no fragment is stored twice (3.625 bits where the published kernel stores 4.0).
+    Outliers are differences from the dequantised code, the one nearest to the weight. They lie sorted by block of 256
+    packed columns, row and column, 24 bits each; one byte per row and block says how many there are. At 3 bits, groups
+    of 16 and 3-bit statistics the rest takes 3.625 bits per weight (the authors' kernel: 4.0).
     """
 
     codes: Tensor  # int32 [ceil(I / 32), bits, O], as kernels/packing.py packs
@@ -79,8 +79,8 @@ class SpQRWeight(PackedWeight):
         outliers: tuple[Tensor, Tensor, Tensor],
         scheme: Scheme,
     ) -> SpQRWeight:
-        """codes `[O, I]` in packed order, scale and zero codes `[G, O]`, stat in its stored type, perm `[I]` or None, outliers
-        `(row, packed column, value)` `[N]` each, in any order."""
+        """codes `[O, I]` in packed order, scale and zero codes `[G, O]`, stat in its stored type, perm `[I]` or None,
+        outliers `(row, packed column, value)`, `[N]` each, in any order."""
         rows, columns = codes.shape
         count, column, value = _sort_outliers(*outliers, (rows, columns))
         return cls(
@@ -116,7 +116,7 @@ class SpQRWeight(PackedWeight):
             if tensor.shape[0] != (sum(sizes) if own is None else own * parts):
                 raise ValueError(f"spqr: {suffix or 'codes'!r} {tuple(tensor.shape)} does not split in {parts} parts")
             cut[suffix] = tensor.split(sizes if own is None else own)
-        return [cls.from_tensors({s: pieces[part] for s, pieces in cut.items()}, shape, scheme) for part in range(parts)]
+        return [cls.from_tensors({s: cut[s][part] for s in cut}, shape, scheme) for part in range(parts)]
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         weight = spqr_weight(**self._operands(), columns=self.shape[1]).to(dtype)
@@ -136,11 +136,10 @@ class SpQRWeight(PackedWeight):
             raise ValueError("spqr: a statistic or an outlier is not finite")
         if self.perm is not None and not torch.equal(self.perm.long().sort().values, torch.arange(columns)):
             raise ValueError(f"spqr: the order of columns is not a permutation of 0 to {columns - 1}")
-        total = int(outliers_per_row(self.outlier_count, columns).sum())
-        if not total == len(self.outlier_column) == len(self.outlier_value):
-            raise ValueError(
-                f"spqr: {total} outliers are counted, {len(self.outlier_column)} columns and {len(self.outlier_value)} values stored"
-            )
+        counted = int(outliers_per_row(self.outlier_count, columns).sum())
+        stored = len(self.outlier_column), len(self.outlier_value)
+        if stored != (counted, counted):
+            raise ValueError(f"spqr: {counted} outliers are counted, {stored[0]} columns and {stored[1]} values stored")
         row, column = outlier_position(self.outlier_count, self.outlier_column, columns)
         place = (column // OUTLIER_BLOCK * self.shape[0] + row) * OUTLIER_BLOCK + column % OUTLIER_BLOCK
         if (column >= columns).any() or (place.diff() <= 0).any():
@@ -149,8 +148,9 @@ class SpQRWeight(PackedWeight):
     @classmethod
     def nominal_bits(cls, shape: tuple[int, int], scheme: Scheme, **counts: int) -> float:
         """A.5 of the paper with 24 bits per outlier; `counts` may hold `outliers`."""
-        statistics = (scheme["scale_bits"] + scheme["zero_bits"] + 4 * 16 / scheme["stat_group_size"]) / scheme["group_size"]
-        return scheme["bits"] + statistics + 24 * counts.get("outliers", 0) / (shape[0] * shape[1])
+        statistics = scheme["scale_bits"] + scheme["zero_bits"] + 4 * 16 / scheme["stat_group_size"]
+        outliers = 24 * counts.get("outliers", 0) / (shape[0] * shape[1])
+        return scheme["bits"] + statistics / scheme["group_size"] + outliers
 
     def counts(self) -> dict[str, int]:
         return {"outliers": len(self.outlier_value)}
@@ -162,14 +162,14 @@ class SpQRWeight(PackedWeight):
 
 
 def _sort_outliers(row: Tensor, column: Tensor, value: Tensor, shape: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
-    """Positions `[N]` in any order -> counts uint8 `[ceil(I / 256), O]`, columns uint8 and values in their stored order."""
+    """In any order `[N]` -> counts uint8 `[ceil(I / 256), O]`, columns uint8 and values in their stored order."""
     rows, columns = shape
     blocks = -(-columns // OUTLIER_BLOCK)
     segment = column // OUTLIER_BLOCK * rows + row
     within = column % OUTLIER_BLOCK
     count = torch.bincount(segment, minlength=blocks * rows)
-    # 255 has to mean all 256: add the missing column, with a correction of zero
-    short = ((count == 255) & (torch.arange(blocks * rows, device=count.device) // rows < columns // OUTLIER_BLOCK)).nonzero()[:, 0]
+    # 255 will mean all 256: there, add the missing column with a correction of zero
+    short = (count[: columns // OUTLIER_BLOCK * rows] == 255).nonzero()[:, 0]
     if len(short):
         seen = torch.zeros_like(count).index_add_(0, segment, within)
         missing = OUTLIER_BLOCK * (OUTLIER_BLOCK - 1) // 2 - seen[short]

@@ -180,6 +180,7 @@ class Store:
             self.out.rename(old)
         self.folder.rename(self.out)
         _sync_folder(self.out.parent)
+        self.lock.close()
         shutil.rmtree(self.partial)
 
     def _write_shard(self, name: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
@@ -278,8 +279,9 @@ class Store:
 
     def _start(self) -> None:
         _clear(self.partial, keep={"lock"})
-        self.folder.mkdir()
-        self._append({"version": FORMAT_VERSION, "identity": self.identity, "units": self.units})
+        with self._resumable("the journal", 0):
+            self.folder.mkdir()
+            self._append({"version": FORMAT_VERSION, "identity": self.identity, "units": self.units})
         _sync_folder(self.partial)
         _sync_folder(self.partial.parent)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -10,8 +9,11 @@ from .packing import unpack, unpack_stream
 
 
 def grouped(x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, *, bits: int, group_size: int) -> Tensor:
-    """`x [..., I]`, codes int32 `[ceil(I / 32), bits, O]`, scale float `[G, O]`, zero uint8 `[G, ceil(O / 8) * bits]` or None
-    for a symmetric grid -> `x Wᵀ [..., O]` in `x.dtype`, summed in fp32."""
+    """`x [..., I]` -> `x Wᵀ [..., O]` in `x.dtype`, summed in fp32.
+
+    codes int32 `[ceil(I / 32), bits, O]`, scale float `[G, O]`, zero uint8 `[G, ceil(O / 8) * bits]` or None for a
+    symmetric grid, whose zero point is in the middle.
+    """
     columns = x.shape[-1]
     weight = grouped_weight(codes, scale, zero, bits=bits, group_size=group_size, columns=columns)
     return F.linear(x.float(), weight).to(x.dtype)

@@ -1,8 +1,9 @@
 """Codes of 2 to 8 bits in 32-bit words, so that a GPU unpacks two with one shift and one mask; and a plain bit stream.
 
-Codes `[R, N]` are packed along the columns in chunks of 32: a chunk of a row takes exactly `bits` words, and rows lie beside
-each other, so threads that own neighbouring rows read neighbouring words. In a chunk column `2p` lives in the low and column
-`2p + 1` in the high 16 bits of the same word, at the same place: `(word >> shift) & (mask | mask << 16)` is pair `p`.
+Codes `[R, N]` are packed along the columns in chunks of 32: a chunk of a row takes exactly `bits` words, and rows lie
+beside each other, so threads that own neighbouring rows read neighbouring words. In a chunk, column `2p` lives in the
+low and column `2p + 1` in the high 16 bits of a word, at the same place: `(word >> shift) & (mask | mask << 16)` is the
+pair `p`.
 
 | bits | pairs per word (16 // bits) | left at the top of each half (16 % bits) | pairs made of what is left |
 |------|-----------------------------|------------------------------------------|----------------------------|
@@ -14,9 +15,9 @@ each other, so threads that own neighbouring rows read neighbouring words. In a 
 | 7    | 2                           | 2                                        | pairs 14, 15               |
 | 8    | 2                           | 0                                        | -                          |
 
-Whole pairs: pair `p` stands in word `p // f` at shift `bits * (p % f)`, `f = 16 // bits`. The `16 % bits` bits left at the top of
-the halves of words 0, 1, … are one stream; its bits `k * bits …` are pair `bits * f + k`. No bit is wasted but for columns
-padded to a multiple of 32.
+Pair `p` stands in word `p // f` at shift `bits * (p % f)`, `f = 16 // bits`. The `16 % bits` bits left at the top of
+the halves of words 0, 1, … are one stream each; `bits` of it at a time are the remaining pairs. No bit is wasted but
+for columns padded to a multiple of 32.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 
 
 def unpack(words: Tensor, bits: int, columns: int) -> Tensor:
-    """The inverse of `pack`: words int32 `[C, bits, R]` -> uint8 codes `[R, columns]`, a view that is contiguous by column."""
+    """The inverse of `pack`: words `[C, bits, R]` -> uint8 codes `[R, columns]`, a view contiguous by column."""
     chunks, _, rows = words.shape
     codes = words.new_empty(chunks, 16, 2, rows, dtype=torch.uint8)
     for pair, pieces in enumerate(places(bits)):
@@ -78,7 +79,7 @@ def _twice(width: int) -> int:
 
 
 def pack_stream(codes: Tensor, bits: int) -> Tensor:
-    """`codes [G, R]` of 1 to 8 bits -> uint8 `[G, ceil(R / 8) * bits]`: per row of `codes` one dense little-endian bit stream."""
+    """`codes [G, R]` of 1 to 8 bits -> uint8 `[G, ceil(R / 8) * bits]`: per group a dense little-endian bit stream."""
     groups, rows = codes.shape
     padded = codes.new_zeros(groups, -(-rows // 8) * 8, dtype=torch.uint8)
     padded[:, :rows] = codes

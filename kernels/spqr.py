@@ -1,4 +1,4 @@
-"""`x Wᵀ` for a SpQR weight: integer codes in small groups whose scales and zeros are codes too, plus sparse corrections."""
+"""`x Wᵀ` for a SpQR weight: codes in small groups, whose scales and zeros are codes too, plus sparse corrections."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ def spqr(
 ) -> Tensor:
     """`x [..., I]` -> `x Wᵀ [..., O]` in `x.dtype`, summed in fp32. The weight's tensors, `R = stat_group_size`:
 
-    codes int32 `[ceil(I / 32), bits, O]`, scale uint8 `[G, ceil(O / 8) * scale_bits]`, zero uint8 `[G, ceil(O / 8) * zero_bits]`,
-    stat float `[G, ceil(O / R), 4]`, perm `[I]` or None (packed column j is input perm[j]), outlier_count uint8
-    `[ceil(I / 256), O]`, outlier_column uint8 `[N]`, outlier_value float `[N]`.
+    codes int32 `[ceil(I / 32), bits, O]`, scale uint8 `[G, ceil(O / 8) * scale_bits]`, zero uint8 `[G, ceil(O / 8) *
+    zero_bits]`, stat float `[G, ceil(O / R), 4]`, perm `[I]` or None (packed column j is input perm[j]), outlier_count
+    uint8 `[ceil(I / 256), O]`, outlier_column uint8 `[N]`, outlier_value float `[N]`.
     """
     weight = spqr_weight(
         codes, scale, zero, stat, outlier_count, outlier_column, outlier_value, bits=bits, group_size=group_size,
@@ -71,7 +71,7 @@ def spqr_weight(
 
 
 def statistic(codes: Tensor, scale: Tensor, zero: Tensor, stat_group_size: int) -> Tensor:
-    """Second level: codes `[..., O]`, scale and zero `[..., ceil(O / R)]` -> `scale · (code - zero)` in fp32 `[..., O]`."""
+    """Codes `[..., O]`, scale and zero `[..., ceil(O / R)]` -> `scale · (code - zero)` in fp32, `[..., O]`."""
     rows = codes.shape[-1]
     scale = scale.float().repeat_interleave(stat_group_size, -1)[..., :rows]
     zero = zero.float().repeat_interleave(stat_group_size, -1)[..., :rows]
@@ -79,7 +79,7 @@ def statistic(codes: Tensor, scale: Tensor, zero: Tensor, stat_group_size: int) 
 
 
 def outlier_position(outlier_count: Tensor, outlier_column: Tensor, columns: int) -> tuple[Tensor, Tensor]:
-    """Row and packed column, int64 `[N]` each, of the outliers, which lie sorted by block of columns, row and column."""
+    """Row and packed column, int64 `[N]` each, of the outliers: they lie sorted by block of columns, row and column."""
     blocks, rows = outlier_count.shape
     segment = torch.arange(blocks * rows, device=outlier_count.device)
     segment = torch.repeat_interleave(segment, outliers_per_row(outlier_count, columns).flatten())

@@ -337,7 +337,7 @@ def test_bad_options(tokenizer, write, tmp_path):
         ({"nsamples": 0}, "--nsamples 0: must be at least 1"),
         ({"seqlen": 0}, "--seqlen 0: must be at least 1"),
         ({"seqlen": 65, "max_length": 64}, "the model has 64 positions; use --seqlen 64 or less"),
-        ({"seqlen": 64, "vocab_size": 10}, "the model knows 10; the tokenizer is not this model's"),
+        ({"seqlen": 64, "vocab_size": 10}, "the model knows 10: they do not belong together"),
     ):
         with pytest.raises(ValueError, match=message):
             load_text(spec, tokenizer, **options)

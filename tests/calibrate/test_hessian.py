@@ -1,0 +1,56 @@
+"""The Hessian of a layer's output error: what it sums, and that its halves come together."""
+
+import pytest
+import torch
+from acc.calibrate.hessian import Hessian
+
+
+def rows(tokens, features, seed=0):
+    return torch.randn(tokens, features, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("features", [1, 7, 256, 300, 513])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_equals_the_definition_and_is_symmetric(features, dtype):
+    x = rows(40, features).to(dtype)
+    hessian = Hessian(features)
+    hessian.update(x[:13])
+    hessian.update(x[13:13])
+    hessian.update(x[13:])
+    value = hessian.value()
+    assert hessian.tokens == 40
+    assert torch.equal(value, value.T)
+    torch.testing.assert_close(value.double(), 2 / 40 * x.double().T @ x.double(), rtol=1e-4, atol=1e-5)
+
+
+def test_every_token_weighs_the_same_whatever_it_came_with():
+    x = rows(60, 16)
+    one, other = Hessian(16), Hessian(16)
+    for part in x.split([1, 50, 9]):
+        one.update(part)
+    for part in x.split([30, 30]):
+        other.update(part)
+    torch.testing.assert_close(one.value(), other.value())
+
+
+def test_second_moment_predicts_the_output_error():
+    """tr(Δ H Δᵀ) / 2 is the mean squared error of the output."""
+    x, delta = rows(500, 24), rows(8, 24, seed=1)
+    hessian = Hessian(24)
+    hessian.update(x)
+    predicted = (delta @ hessian.value() * delta).sum() / 2
+    torch.testing.assert_close(predicted, (x @ delta.T).square().sum(1).mean())
+
+
+def test_untouched_and_with_no_tokens_it_is_zero():
+    hessian = Hessian(5)
+    assert hessian.tokens == 0
+    assert torch.equal(hessian.value(), torch.zeros(5, 5))
+
+
+def test_many_small_updates_lose_no_digits():
+    x = rows(4096, 8).abs() + 10
+    hessian = Hessian(8)
+    for part in x.split(4):
+        hessian.update(part)
+    torch.testing.assert_close(hessian.value().double(), 2 / 4096 * x.double().T @ x.double(), rtol=2e-5, atol=0)

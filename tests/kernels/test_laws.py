@@ -1,0 +1,63 @@
+"""Every format's product equals the dense product with what it dequantises to, at odd shapes, in every type, unpoisoned."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from acc.calibrate.hessian import Hessian
+from acc.registry import listing, lookup
+
+SHAPES = [(1, 8), (7, 33), (16, 64), (45, 100), (64, 300)]
+
+
+def packed(method, rows, columns, **settings):
+    generator = torch.Generator().manual_seed(rows + columns)
+    x = torch.randn(2 * columns, columns, generator=generator)
+    statistics = {"hessian": Hessian(columns)}
+    statistics["hessian"].update(x)
+    chosen = lookup("compress", method)(**settings)
+    weight = 0.1 * torch.randn(rows, columns, generator=generator)
+    return chosen.compress(weight, chosen.prepare(statistics, lambda *_, **__: None), lambda *_, **__: None)
+
+
+@pytest.fixture
+def poison(monkeypatch):
+    """Memory that nobody wrote holds NaN, or the greatest integer."""
+    plain = {name: getattr(torch, name) for name in ("empty", "empty_like")}
+
+    def fill(tensor):
+        worst = torch.nan if tensor.is_floating_point() else torch.iinfo(tensor.dtype).max
+        return tensor.fill_(worst) if tensor.dtype != torch.bool else tensor
+
+    for name, function in plain.items():
+        monkeypatch.setattr(torch, name, lambda *a, f=function, **k: fill(f(*a, **k)))
+    new = torch.Tensor.new_empty
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *a, **k: fill(new(*a, **k)))
+
+
+@pytest.mark.parametrize("method", listing("compress"))
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_product_equals_dense_product(poison, method, shape, dtype):
+    weight = packed(method, *shape)
+    dense = weight.dequantize()
+    assert dense.shape == shape
+    assert torch.isfinite(dense).all()
+    for lead in ((), (1,), (5,), (2, 3)):
+        x = torch.randn(*lead, shape[1], generator=torch.Generator().manual_seed(1)).to(dtype)
+        y = weight.matmul(x)
+        assert y.dtype == dtype
+        assert y.shape == (*lead, shape[0])
+        expected = F.linear(x.float(), dense).to(dtype)
+        tolerance = 1e-5 if dtype == torch.float32 else 1e-2
+        torch.testing.assert_close(y, expected, rtol=tolerance, atol=tolerance * shape[1] ** 0.5 * 0.1)
+
+
+@pytest.mark.parametrize("method", listing("compress"))
+def test_a_forced_kernel_that_does_not_exist_is_an_error(monkeypatch, method):
+    weight = packed(method, 8, 32)
+    x = torch.randn(2, 32)
+    monkeypatch.setenv("ACC_KERNELS", "reference")
+    assert torch.isfinite(weight.matmul(x)).all()
+    monkeypatch.setenv("ACC_KERNELS", "fastest")
+    with pytest.raises(ValueError, match="expected 'reference' or 'triton'"):
+        weight.matmul(x)
