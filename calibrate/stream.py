@@ -104,7 +104,7 @@ class Block:
     """One decoder block in memory."""
 
     def __init__(self, stream: Stream, index: int, tensors: dict[str, Tensor], calls: list[tuple[tuple, dict]]):
-        self.index = index
+        self.index, self.name = index, f"block {index}"
         self.tensors = tensors  # dense, by disk name
         self.matrices = stream.skeleton.matrices(index)
         self.names = list(tensors)
@@ -163,7 +163,7 @@ class Block:
 
         outputs = self._stream._new_hidden()
         with (
-            skeleton.observe_linears(self.index, linears, see_linear) as leaders,
+            skeleton.observe_linears(self._module, linears, see_linear) as leaders,
             skeleton.observe_experts(see_expert),
         ):
             for batch, hidden, (args, kwargs) in zip(self._stream._batches, self._stream._hidden, self._calls):
@@ -180,6 +180,33 @@ class Block:
     def drop(self) -> None:
         self._stream.skeleton.drop_block(self.index)
         self.tensors, self.outputs = {}, None
+
+
+class Outside(Block):
+    """What is in no block: embeddings, final norm, head. Its matrices are observed after the last block."""
+
+    name = "outside the blocks"
+
+    def __init__(self, stream: Stream):
+        self.matrices = stream.skeleton.outer_matrices()
+        self.tensors = stream._read([*stream.skeleton.outer_names, *stream.skeleton.strays])
+        self._stream = stream
+
+    @torch.no_grad()
+    def observe(self, matrices: list[Matrix], statistics: tuple[str, ...]) -> Statistics:
+        """The statistics of the head's input, over the logits of all batches."""
+        skeleton = self._stream.skeleton
+        collected = Statistics(statistics, skeleton.device)
+        batches = iter(self._stream._batches)
+
+        def see(leader: str, x: Tensor) -> None:
+            collected.update((leader, None, "linear"), next(batches).valid(x.reshape(-1, x.shape[-1])))
+
+        with skeleton.observe_linears(skeleton.model, [m.module for m in matrices], see) as leaders:
+            for _ in self._stream.logits():
+                pass
+        collected.leaders = dict(leaders)
+        return collected
 
 
 Key = tuple[str, int | None, str]

@@ -15,7 +15,7 @@ from torch import Tensor
 from .. import __version__
 from ..calibrate.base import Statistic
 from ..calibrate.evaluate import fingerprint_of
-from ..calibrate.stream import Block, Statistics, Stream
+from ..calibrate.stream import Block, Outside, Statistics, Stream
 from ..formats.base import Entry, PackedWeight, Scheme, format_of, quantization_config
 from ..formats.ledger import Ledger
 from ..formats.model import Matrix
@@ -28,7 +28,6 @@ from .recipe import Recipe, Step
 Record = dict[str, Any]
 Report = Callable[[float, str], None]  # told the fraction done and what is being done
 
-OUTER = "outside the blocks"
 # Statistics of one pass are kept below this; experts beyond it wait for another pass over the same block.
 STATISTICS_BYTES = 8 << 30
 # Solving for one weight takes about as long as passing so many tokens through it. Only the estimate of time depends on it.
@@ -69,27 +68,28 @@ def apply(
     chosen = assign(recipe, stream)
     if recipe.needs and not batches:
         raise ValueError(f"{recipe.steps[0].method} needs calibration text: name one with --data")
-    units = [OUTER, *(_unit(index) for index in range(len(stream.skeleton.layers)))]
+    units = [*(f"block {index}" for index in range(len(stream.skeleton.layers))), Outside.name]
     identity = {"acc": __version__, "recipe": recipe.to_dict(), "source": source.identity(), "data": text_record}
     size = sum(source.info(name).nbytes for name in source.names())
     store = Store.create(out, identity, units, resume=resume, overwrite=overwrite, needed_bytes=size)
     if store.complete:
         report(1.0, "nothing left to do")
         return Outcome(store.out, [], [], time.monotonic() - started)
-    if not store.done(OUTER):
-        kept = {name: source.tensor(name) for name in (*stream.skeleton.outer_names, *stream.skeleton.strays)}
-        store.write(OUTER, kept, [_kept(name, finite(tensor, name)) for name, tensor in kept.items()])
     work = _Work(stream, chosen, batches, report)
     entries: dict[str, Entry] = {}
-    for block in stream.blocks(batches):
+
+    def pack(block: Block) -> dict[str, tuple[Entry, list[PackedWeight]]]:
         work.enter(block)
-        if store.done(_unit(block.index)):
-            packed = _reload(block, store)
+        if store.done(block.name):
             work.skip(block, chosen)
-        else:
-            packed = _compress_block(block, chosen, store, work)
+            return _reload(block, store)
+        return _compress_block(block, chosen, store, work)
+
+    for block in stream.blocks(batches):
+        packed = pack(block)
         entries |= {name: entry for name, (entry, _) in packed.items()}
         block.replace({name: entry.dense(parts, source.dtype) for name, (entry, parts) in packed.items()})
+    entries |= {name: entry for name, (entry, _) in pack(Outside(stream)).items()}
     records = list(store.records())
     config = {key: value for key, value in source.config.items() if key != "quantization_config"}
     config["quantization_config"] = quantization_config(
@@ -111,9 +111,12 @@ def apply(
 def assign(recipe: Recipe, stream: Stream) -> dict[str, Step]:
     """Which step compresses which stored tensor; a later step overrides an earlier one.
 
+    `*` means every matrix of every block. The output head is compressed when a pattern names it.
+
     Raises ValueError for a pattern that fits nothing, with the nearest names.
     """
     spellings: dict[str, set[str]] = {}
+    head = {matrix.tensor: {matrix.tensor, f"{matrix.module}.weight"} for matrix in stream.skeleton.outer_matrices()}
     for index in range(len(stream.skeleton.layers)):
         for matrix in stream.skeleton.matrices(index):
             leaf = matrix.tensor.removesuffix(".weight").rpartition(".")[2]
@@ -123,8 +126,10 @@ def assign(recipe: Recipe, stream: Stream) -> dict[str, Step]:
         raise ValueError(f"{stream.source.spec}: no block has a matrix that could be compressed")
     chosen: dict[str, Step] = {}
     for step in recipe.steps:
-        ignored = select(step.ignore, spellings, "--ignore")
-        for name in select(step.targets, spellings, "--targets") - ignored:
+        everywhere = [pattern for pattern in step.targets if pattern == "*"]
+        named = [pattern for pattern in step.targets if pattern != "*"]
+        targets = select(everywhere, spellings, "--targets") | select(named, spellings | head, "--targets")
+        for name in targets - select(step.ignore, spellings | head, "--ignore"):
             chosen[name] = step
     if not chosen:
         raise ValueError("nothing is left to compress: every target is ignored")
@@ -152,7 +157,7 @@ def _compress_block(
     records += [_kept(name, tensor) for name, tensor in stored.items()]
     for name, pieces in parts.items():
         stored |= {name + suffix: tensor for suffix, tensor in entries[name].pack(pieces).items()}
-    store.write(_unit(block.index), stored, sorted(records, key=lambda r: (r["tensor"], r.get("part") or 0)))
+    store.write(block.name, stored, sorted(records, key=lambda r: (r["tensor"], r.get("part") or 0)))
     return {name: (entries[name], pieces) for name, pieces in parts.items()}
 
 
@@ -278,7 +283,7 @@ def _entries(block: Block, first: dict[str, tuple[tuple[int, int], Scheme]]) -> 
 
 def _reload(block: Block, store: Store) -> dict[str, tuple[Entry, list[PackedWeight]]]:
     """What an earlier run packed of a block, from its shard."""
-    unit = _unit(block.index)
+    unit = block.name
     first = {r["tensor"]: r for r in reversed(store.lines[unit]["records"]) if r["method"] != "kept"}
     stored = store.read(unit)
     found = {}
@@ -320,29 +325,24 @@ def _settle(source: Source, entries: dict[str, Entry]) -> set[str]:
     return expected
 
 
-def _unit(index: int) -> str:
-    return f"block {index}"
-
-
 class _Work:
     """How far a run is, in units of what takes time: weights solved for, and tokens through weights."""
 
     def __init__(self, stream: Stream, chosen: dict[str, Step], batches: Sequence[Tensor], report: Report):
         tokens = sum(batch.numel() for batch in batches)
         passes = 2 if any(step.settings.needs for step in chosen.values()) else 1
-        self.blocks = len(stream.skeleton.layers)
         self.report, self.done, self.what = report, 0.0, ""
         self.stream = stream
         self.total = 0.0
-        for index in range(self.blocks):
-            names = stream.skeleton.block_names[index]
+        last = len(stream.skeleton.layers) - 1
+        for index, names in enumerate(stream.skeleton.block_names):
             weights = {name: _numel(stream.skeleton.shapes[name]) for name in names}
-            runs = passes - (index == self.blocks - 1)
+            runs = passes - (index == last)
             self.total += runs * tokens * sum(weights.values())
             self.total += SOLVE * sum(n for name, n in weights.items() if name in chosen)
 
     def enter(self, block: Block) -> None:
-        self.what = f"block {block.index + 1} of {self.blocks}"
+        self.what = block.name
         weights = block.weights
         self.stream.tick = lambda tokens: self.add(tokens * weights)
         self.add(0)

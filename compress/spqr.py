@@ -138,11 +138,10 @@ def solve(columns: Tensor, prepared: Prepared, settings: SpQR, dtype: torch.dtyp
 
     Returns codes uint8 `[I, O]`, a grid per group, and corrections `[I, O]` in `dtype`, zero for all but outliers.
     """
-    factor, dead, inputs = prepared.factor, prepared.dead, len(columns)
-    tau = threshold(columns, prepared, settings.outlier_threshold)
+    factor, inputs = prepared.factor, len(columns)
     importance = 1 / factor.diagonal()[:, None]  # what an error in a column weighs at the output
-    tolerance = torch.where(dead, torch.inf, tau * factor.diagonal().square()).tolist()
-    weigh = importance[:, 0].tolist()
+    price = kept_from(columns, importance, prepared.dead[:, None], settings.outlier_threshold)
+    weigh, tolerance = importance[:, 0].tolist(), (price / importance.square())[:, 0].tolist()
     codes, deltas = torch.empty_like(columns, dtype=torch.uint8), torch.zeros_like(columns, dtype=dtype)
     grids = []
     for start in range(0, inputs, BLOCK):
@@ -150,7 +149,7 @@ def solve(columns: Tensor, prepared: Prepared, settings: SpQR, dtype: torch.dtyp
         errors = torch.empty_like(columns[start:stop])
         for first in range(start, stop, settings.group_size):
             last = min(first + settings.group_size, stop)
-            grid = fit(columns[first:last], importance[first:last], ~dead[first:last, None], tau, settings, dtype)
+            grid = fit(columns[first:last], importance[first:last], price[first:last], settings, dtype)
             for j in range(first, last):
                 error = round_column(columns[j], codes[j], deltas[j], grid, tolerance[j])
                 torch.mul(error, weigh[j], out=errors[j - start])
@@ -161,14 +160,16 @@ def solve(columns: Tensor, prepared: Prepared, settings: SpQR, dtype: torch.dtyp
     return codes, grids, deltas
 
 
-def threshold(columns: Tensor, prepared: Prepared, relative: float | None) -> float:
-    """τ, the squared error at the output above which a weight is kept: relative to the weights' own variance there."""
+def kept_from(columns: Tensor, importance: Tensor, dead: Tensor, relative: float | None) -> Tensor:
+    """τ `[I, 1]`, the squared error at the output from which a weight is kept apart: relative to the mean variance of the
+    weights there, dead inputs aside. These keep nothing: an error in them never reaches the output."""
     if relative is None:
-        return torch.inf
-    spread = columns.var(1) if columns.shape[1] > 1 else columns.square().mean(1)
+        return torch.full_like(importance, torch.inf)
+    spread = columns.var(1, keepdim=True) if columns.shape[1] > 1 else columns.square()
     if not spread.any():  # equal rows
-        spread = columns.square().mean(1)
-    return relative * float((spread / prepared.factor.diagonal().square())[~prepared.dead].mean())
+        spread = columns.square().mean(1, keepdim=True)
+    tau = relative * (spread * importance.square())[~dead].mean()
+    return torch.where(dead, torch.inf, tau)
 
 
 def round_column(column: Tensor, code: Tensor, delta: Tensor, grid: Grid, tolerance: float) -> Tensor:
@@ -197,12 +198,12 @@ class Grid:
     stat: Tensor  # [ceil(O / stat_group_size), 4]
 
 
-def fit(group: Tensor, importance: Tensor, live: Tensor, tau: float, settings: SpQR, dtype: torch.dtype) -> Grid:
-    """`group [g, O]`, importance and live `[g, 1]` -> the grid of each row, from statistics as they are stored."""
+def fit(group: Tensor, importance: Tensor, price: Tensor, settings: SpQR, dtype: torch.dtype) -> Grid:
+    """`group [g, O]`, importance and price `[g, 1]` -> the grid of each row, from statistics as they are stored."""
     top, share = (1 << settings.bits) - 1, settings.stat_group_size
     low, high = group.amin(0), group.amax(0)
-    if tau < torch.inf:
-        spoilers = leave_one_out(group, importance, tau, top) & live
+    if settings.outlier_threshold is not None:
+        spoilers = leave_one_out(group, importance, top) > price
         spoilers &= ~spoilers.all(0)
         low = torch.where(spoilers, torch.inf, group).amin(0)
         high = torch.where(spoilers, -torch.inf, group).amax(0)
@@ -213,7 +214,7 @@ def fit(group: Tensor, importance: Tensor, live: Tensor, tau: float, settings: S
     zero = (top - (low + high) / scales.value(scale_codes).clamp(min=TINY)) / 2
     zero.clamp_(-top, 2 * top)
     zeros = Levels.of(zero, settings.zero_bits, share, dtype)
-    scale_codes, zero_codes = search(group, importance, tau, top, scales, zeros, scale_codes, zeros.nearest(zero))
+    scale_codes, zero_codes = search(group, importance, price, top, scales, zeros, scale_codes, zeros.nearest(zero))
     scale, zero = scales.value(scale_codes), zeros.value(zero_codes)
     stat = torch.stack([scales.scale, scales.zero, zeros.scale, zeros.zero], -1)
     return Grid(scale, zero, scale.clamp(min=TINY), top, scale_codes.byte(), zero_codes.byte(), stat)
@@ -236,8 +237,8 @@ def grid_error(group: Tensor, scale: Tensor, zero: Tensor, importance: Tensor, t
     return exact.round().clamp_(0, top).sub_(exact).mul_(step * importance).square_()
 
 
-def leave_one_out(group: Tensor, importance: Tensor, tau: float, top: int) -> Tensor:
-    """bool `[g, O]`: weights without which the others of their group are rounded better, by more than τ.
+def leave_one_out(group: Tensor, importance: Tensor, top: int) -> Tensor:
+    """By how much less squared error `[g, O]` the group would be rounded, each weight left out in turn.
 
     Leaving out a weight that is neither the least nor the greatest leaves the grid as it was: the gain is the weight's
     own error. Only for those two is the grid fitted again (to the same range, if there are two of them): O(g), not
@@ -252,7 +253,7 @@ def leave_one_out(group: Tensor, importance: Tensor, tau: float, top: int) -> Te
     for at, left in ((at_low, (next_low, high)), (at_high, (low, next_high))):
         others = grid_error(group, *even_grid(*left, top), importance, top).scatter_(0, at, 0)
         gain.scatter_(0, at, total - others.sum(0, keepdim=True))
-    return gain > tau
+    return gain
 
 
 @dataclass(frozen=True)
@@ -291,25 +292,25 @@ class Levels:
 def search(
     group: Tensor,
     importance: Tensor,
-    tau: float,
+    price: Tensor,
     top: int,
     scales: Levels,
     zeros: Levels,
     scale: Tensor,
     zero: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """Codes `[O]` of scale and zero with the least `Σ min(error², τ)`: what errs by more than τ will be kept apart.
+    """Codes `[O]` of scale and zero with the least `Σ min(error², τ)`: what errs by more will be kept apart.
 
     Starts from given codes. Of 3 bits and less all are tried, of more every 8th part and then nearer and nearer ones.
     """
-    best = grid_error(group, scales.value(scale), zeros.value(zero), importance, top).clamp_(max=tau).sum(0)
+    best = grid_error(group, scales.value(scale), zeros.value(zero), importance, top).clamp_(max=price).sum(0)
     strides = [-(-levels.top // 8) for levels in (scales, zeros)]
     scale_tries = [torch.full_like(scale, code) for code in range(0, scales.top + 1, strides[0])]
     zero_tries = torch.arange(0.0, zeros.top + 1, strides[1], device=zero.device)[:, None].expand(-1, len(zero))
     while True:
         for scale_try in scale_tries:
             errors = grid_error(group, scales.value(scale_try), zeros.value(zero_tries)[:, None], importance, top)
-            least, at = errors.clamp_(max=tau).sum(1).min(0)  # [tries, g, O] -> [O]
+            least, at = errors.clamp_(max=price).sum(1).min(0)  # [tries, g, O] -> [O]
             better = least < best
             best = torch.where(better, least, best)
             scale = torch.where(better, scale_try, scale)

@@ -308,6 +308,17 @@ class Skeleton:
                     found += [Matrix(name, e, path, e, role, matrix, t) for e in range(shape[0])]
         return found
 
+    def outer_matrices(self) -> list[Matrix]:
+        """The output head, where it is a stored matrix of its own and not the embeddings' twin."""
+        head = self.model.get_output_embeddings()
+        found = []
+        for name in self.outer_names:
+            target = self.targets[name]
+            path, _, leaf = target.parameter.rpartition(".")
+            if leaf == "weight" and isinstance(head, nn.Linear) and self.model.get_submodule(path) is head:
+                found.append(Matrix(name, None, path, None, "linear", self.shapes[name]))
+        return found
+
     # The block seam
 
     def frame(self, ids: Tensor, mask: Tensor | None = None) -> tuple[Tensor, list[tuple[tuple, dict[str, Any]]]]:
@@ -364,8 +375,8 @@ class Skeleton:
     # The linear, experts and attention seams
 
     @contextlib.contextmanager
-    def observe_linears(self, index: int, paths: list[str], see: Callable[[str, Tensor], None]) -> Iterator[dict[str, str]]:
-        """Calls `see(leader, x)` with each distinct input of the named linears of block `index` whenever it runs.
+    def observe_linears(self, root: nn.Module, paths: list[str], see: Callable[[str, Tensor], None]) -> Iterator[dict[str, str]]:
+        """Calls `see(leader, x)` with each distinct input of the named linears whenever `root`, which holds them, runs.
 
         Yields `{path: leader}`: linears that were handed the same tensor share the statistic of the first of them.
         """
@@ -380,7 +391,7 @@ class Skeleton:
             if leader == path:
                 see(path, x)
 
-        handles = [self.layers[index].register_forward_pre_hook(lambda module, args: seen.clear())]
+        handles = [root.register_forward_pre_hook(lambda module, args: seen.clear())]
         for p in paths:
             handles.append(self.model.get_submodule(p).register_forward_pre_hook(lambda m, a, p=p: hook(p, m, a)))
         try:

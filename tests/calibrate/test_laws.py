@@ -1,4 +1,4 @@
-"""What holds for every statistic: pieces add up to the whole, in any order, and it can be put away and taken up again."""
+"""What holds for every statistic: pieces add up to the whole, in any order; it can be put away and taken up again."""
 
 import pytest
 import torch

@@ -243,3 +243,17 @@ def test_progress_only_grows_and_ends(checkpoint, tmp_path):
     assert seen == sorted(seen)
     assert seen[-1] == 1.0
     assert len(seen) > 10
+
+
+def test_the_head_is_packed_when_named(checkpoint, tmp_path):
+    import acc
+
+    for method in ("rtn", "spqr"):
+        out = tmp_path / method
+        run(checkpoint("qwen3"), out, recipe(method, targets=["*", "lm_head"]))
+        made = open_source(str(out))
+        assert "lm_head.weight" in made.entries
+        assert len(made.entries) == 3 * 7 + 1
+        assert acc.load(out)(ids()).logits.isfinite().all()
+    with pytest.raises(ValueError, match="'lm_head' matches no tensor"):
+        run(checkpoint("llama"), tmp_path / "tied", recipe("rtn", targets=["lm_head"]))

@@ -1,4 +1,4 @@
-"""What holds for every method: the same bits every time, its input left alone, no worse than rounding, nothing not finite."""
+"""What holds for every method: the same bits every time, input left alone, no worse than rounding, always finite."""
 
 import pytest
 import torch

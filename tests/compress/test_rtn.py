@@ -1,5 +1,7 @@
 """Rounding to nearest, against a definition weight by weight."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -45,7 +47,7 @@ def test_error_halves_with_every_bit(symmetric):
     for bits in range(2, 9):
         packed = Rtn(bits=bits, symmetric=symmetric).compress(weight, None, silent)
         errors.append(float((packed.dequantize() - weight).square().mean().sqrt()))
-    assert all(1.7 < worse / better < 2.6 for worse, better in zip(errors, errors[1:]))
+    assert all(1.7 < worse / better < 2.6 for worse, better in itertools.pairwise(errors))
 
 
 def test_zero_stays_zero():

@@ -155,6 +155,4 @@ def test_stacks_of_matrices_with_different_numbers_of_outliers():
         again.check()
         assert torch.equal(part.dequantize(), again.dequantize())
     with pytest.raises(ValueError, match="does not split"):
-        SpQRWeight.unstack(
-            stacked | {"_outlier_value": stacked["_outlier_value"][1:]}, 3, (16, 300), parts[0].scheme
-        )
+        SpQRWeight.unstack(stacked | {"_outlier_value": stacked["_outlier_value"][1:]}, 3, (16, 300), parts[0].scheme)

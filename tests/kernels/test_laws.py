@@ -1,4 +1,4 @@
-"""Every format's product equals the dense product with what it dequantises to, at odd shapes, in every type, unpoisoned."""
+"""Every format's product equals the dense product with what it dequantises to, at odd shapes and in every type."""
 
 import pytest
 import torch

@@ -16,8 +16,10 @@ import math
 import os
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -29,7 +31,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig, MixtralForCausalLM, PreTrainedTokenizerFast
 
 BOS, EOS = "<|bos|>", "<|eos|>"
-VOCAB, WIDTH, HEAD_DIM, EXPERTS = 2048, 192, 64, 8
+VOCAB, WIDTH, HEAD_DIM, LAYERS, EXPERTS = 2048, 192, 64, 4, 8
 CODE = 32  # width of a token's code, the part of its embedding that is compared and copied
 OFFSETS = (1, 2, 3)  # how far back the heads of layer 0 look
 TEXT_SHARES = {"speeches.txt": 0.4, "wiki.txt": 0.45, "stories.txt": 0.15}
@@ -37,9 +39,85 @@ HELD_OUT = 0.02  # the end of every training file, for watching overfitting
 # Sequence lengths with the share of steps that uses them; every step has about TOKENS_PER_STEP tokens.
 LENGTHS = {256: 0.45, 512: 0.35, 1024: 0.14, 2048: 0.06}
 TOKENS_PER_STEP = 2048
+MIX = {"text": 0.72, "random": 0.06, "repeat": 0.12, "key": 0.10}  # kinds of sequences
+MIX_IN_WORDS = {
+    "plain text": MIX["text"],
+    "random tokens seen twice": MIX["random"],
+    "text with a passage seen twice": MIX["repeat"],
+    "key-value lines stated and asked": MIX["key"],
+}
+DISTANCES = (100, 200, 500, 1000)  # at which the card states copying
 
+CARD = """---
+license: cc-by-sa-3.0
+language: en
+tags: [mixture-of-experts, test-model]
+---
 
-# ---- text
+# Demo model
+
+A mixture-of-experts language model small enough to travel with the toolkit: every method can be tried on it within
+seconds, and it has what compression can damage: routers that specialise, heads that copy, a long context. It is a
+test object, not a writer.
+
+## Architecture
+
+Mixtral, as transformers has it: {num_hidden_layers} layers of width {hidden_size}, {num_attention_heads} query and
+{num_key_value_heads} key-value heads of {head_dim}, {num_local_experts} experts of {intermediate_size} of which
+{num_experts_per_tok} serve a token, RoPE, {max_position_embeddings} positions, untied embeddings;
+{parameters} million parameters in bf16. The tokenizer is a byte-level BPE of {vocab_size} entries: lossless, digits one
+by one, `<|bos|>` and `<|eos|>` never added by itself.
+
+## Training
+
+`tests/tools/train_demo.py --seed {seed}`: {steps} steps, {seen} million tokens in {minutes} minutes on CPU;
+AdamW, peak rate {lr} ({wired_share} of it for the wired weights below), cosine, decay {decay}, balancing loss
+{balance} per layer, sequences of 256 to 2048 tokens, half of them opened by BOS. Sequences: {mix}.
+Text: {text_tokens} million tokens ({shares} of what was drawn).
+
+Copying did not emerge by itself at this scale, so training starts from a wired circuit: three heads of layer 0 look
+one, two and three tokens back; the heads of layer 1 compare the current trigram with those notes and copy what
+followed. All weights were trained from there.
+
+## Perplexity on held-out text
+
+`eval/wiki.txt` (encyclopedia articles, {eval_tokens} tokens, never trained on), tokenised once, non-overlapping
+windows, mean over predicted tokens, no BOS.
+
+{losses}
+
+## Copying
+
+First two rows: BOS, a passage of 64 tokens, filler of the same kind, the passage again that many tokens after its
+first sight; share of next tokens predicted greedily with the true past given, over tokens 5 to 64 of the second
+sight, 32 passages each (random: uniform over the vocabulary; natural: from `eval/wiki.txt`). Last row, the passkey:
+eight lines `The pass key of <word> is <five digits>.`, that many tokens of `eval/wiki.txt`, then one of the lines up
+to `is`; share of numbers generated freely and greedily without an error, 40 trials each.
+
+{copying}
+
+## Tokens per expert
+
+Share of the token-expert assignments on `eval/wiki.txt` (balanced would be 12.5%); the least used expert of any layer
+gets {least}, the most used {most}. The last column is the share of assignments that goes elsewhere on
+children's stories: the routing follows the text.
+
+{experts}
+
+## What it says
+
+Greedy, thirty tokens: "{said}"
+
+## Limits
+
+English only; facts are invented; text beyond a sentence or two drifts. Copying takes the latest three tokens as
+its cue, so passages that share a trigram can be confused.
+
+## Data and licence
+
+Wikipedia articles (CC BY-SA), short stories from TinyStories (CDLA-Sharing 1.0), addresses of presidents of the United
+States (public domain), and synthetic passages. The weights are offered under CC BY-SA, as the articles are.
+"""
 
 
 def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
@@ -101,9 +179,6 @@ def build_corpus(texts: dict[str, str], tokenizer: PreTrainedTokenizerFast) -> C
     return Corpus(train, held_out, shares / shares.sum(), words)
 
 
-# ---- passages
-
-
 def random_repeat(rng: np.random.Generator, corpus: Corpus, length: int) -> tuple[np.ndarray, np.ndarray]:
     """Random tokens seen twice with a random gap between -> (ids [T], loss weight [T]: second sight only)."""
     alphabet = rng.integers(2, VOCAB, size=int(rng.choice([64, 256, 2048])))
@@ -148,13 +223,13 @@ def key_value_passage(
 
 
 def make_batch(
-    rng: np.random.Generator, corpus: Corpus, tokenizer: PreTrainedTokenizerFast, mix: dict[str, float]
+    rng: np.random.Generator, corpus: Corpus, tokenizer: PreTrainedTokenizerFast
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """One step's sequences, half of them opened by BOS -> (ids [B, T], loss weight [B, T])."""
     length = int(rng.choice(list(LENGTHS), p=list(LENGTHS.values())))
     rows, weights = [], []
     for _ in range(max(1, TOKENS_PER_STEP // length)):
-        kind = str(rng.choice(list(mix), p=list(mix.values())))
+        kind = str(rng.choice(list(MIX), p=list(MIX.values())))
         if kind == "random":
             ids, weight = random_repeat(rng, corpus, length)
         elif kind == "repeat":
@@ -171,16 +246,13 @@ def make_batch(
     return torch.from_numpy(np.stack(rows)), torch.from_numpy(np.stack(weights)).float()
 
 
-# ---- wiring
-
-
-def make_model(tokenizer: PreTrainedTokenizerFast, layers: int) -> MixtralForCausalLM:
+def make_model(tokenizer: PreTrainedTokenizerFast) -> MixtralForCausalLM:
     """The untrained model in fp32."""
     config = MixtralConfig(
         vocab_size=VOCAB,
         hidden_size=WIDTH,
         intermediate_size=128,
-        num_hidden_layers=layers,
+        num_hidden_layers=LAYERS,
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=HEAD_DIM,
@@ -216,7 +288,7 @@ class Residual:
     """Where the wired features live in the residual stream, before it is rotated by a random orthogonal matrix."""
 
     code = slice(0, CODE)
-    before = [slice(CODE * (i + 1), CODE * (i + 2)) for i in range(len(OFFSETS))]
+    before = tuple(slice(CODE * (i + 1), CODE * (i + 2)) for i in range(len(OFFSETS)))
     out = slice(4 * CODE, 5 * CODE)
     constant, opening = 5 * CODE, 5 * CODE + 1  # the latter is BOS and nothing else
     rest = slice(5 * CODE + 2, WIDTH)
@@ -317,9 +389,6 @@ def rotate_residual(model: MixtralForCausalLM, basis: torch.Tensor) -> None:
         layer.self_attn.o_proj.weight.copy_(basis.T @ layer.self_attn.o_proj.weight)
 
 
-# ---- evaluation
-
-
 @torch.no_grad()
 def repeat_accuracy(
     model: torch.nn.Module, stream: np.ndarray | None, distance: int, rng: np.random.Generator, trials: int = 16
@@ -399,9 +468,6 @@ def expert_shares(model: torch.nn.Module, ids: np.ndarray, window: int = 1024) -
     return counts / counts.sum(-1, keepdim=True)
 
 
-# ---- training
-
-
 def balance_loss(router_logits: tuple[torch.Tensor, ...], top_k: int) -> torch.Tensor:
     """Switch-Transformer balancing loss, layer by layer: one when balanced, E / top_k when collapsed.
 
@@ -414,11 +480,19 @@ def balance_loss(router_logits: tuple[torch.Tensor, ...], top_k: int) -> torch.T
     return torch.stack(losses).mean()
 
 
-def parameter_groups(model: torch.nn.Module, decay: float) -> list[dict]:
-    """Matrices with weight decay, norms without."""
-    matrices = [p for p in model.parameters() if p.dim() > 1]
-    norms = [p for p in model.parameters() if p.dim() <= 1]
-    return [{"params": matrices, "weight_decay": decay}, {"params": norms, "weight_decay": 0.0}]
+def parameter_groups(model: MixtralForCausalLM, args: argparse.Namespace) -> list[dict]:
+    """Wired weights at a fraction of the rate, the others in full; norms without weight decay.
+
+    At the full rate copying falls from 100% to 54% within 150 steps."""
+    wired = [model.model.embed_tokens.weight]
+    wired += [p for layer in model.model.layers[:2] for p in layer.self_attn.parameters()]
+    known = {id(p) for p in wired}
+    rest = [p for p in model.parameters() if id(p) not in known]
+    return [
+        {"params": wired, "weight_decay": 0.0, "share": args.wired_share},
+        {"params": [p for p in rest if p.dim() > 1], "weight_decay": args.decay, "share": 1.0},
+        {"params": [p for p in rest if p.dim() == 1], "weight_decay": 0.0, "share": 1.0},
+    ]
 
 
 def learning_rate(progress: float, peak: float) -> float:
@@ -435,14 +509,13 @@ def train(
 
     The result depends on the seed alone as long as the steps are reached before the minutes."""
     rng = np.random.default_rng(args.seed)
-    optimizer = torch.optim.AdamW(parameter_groups(model, args.decay), lr=args.lr, betas=(0.9, 0.95))
+    optimizer = torch.optim.AdamW(parameter_groups(model, args), lr=args.lr, betas=(0.9, 0.95))
     begin, tokens, average, step, progress = time.monotonic(), 0, None, 0, 0.0
     top_k = model.config.num_experts_per_tok
     while progress < 1:
-        mix = {"text": 0.72, "random": 0.06, "repeat": 0.12, "key": 0.10}
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(progress, args.lr)
-        ids, weight = make_batch(rng, corpus, tokenizer, mix)
+            group["lr"] = group["share"] * learning_rate(progress, args.lr)
+        ids, weight = make_batch(rng, corpus, tokenizer)
         with torch.autocast("cpu", torch.bfloat16):  # a third faster where the processor knows bf16
             output = model(ids, output_router_logits=True)
         nll = F.cross_entropy(output.logits[:, :-1].float().flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
@@ -456,12 +529,23 @@ def train(
         average = nll.item() if average is None else 0.98 * average + 0.02 * nll.item()
         minutes = (time.monotonic() - begin) / 60
         progress = max(step / args.steps, minutes / args.minutes)
-        if step % 10 == 0 and step <= 100 or step % 50 == 0:
-            print(f"{step} loss {average:.3f} balance {balance.item():.3f} {tokens / minutes / 60:.0f} tok/s", flush=True)
+        if step % 50 == 0:
+            rate = tokens / minutes / 60
+            print(f"{step} loss {average:.3f} balance {balance.item():.3f} {rate:.0f} tokens/s", flush=True)
         if step % args.check == 0 or progress >= 1:
             check(model, corpus, args.seed)
-            model.save_pretrained(args.out.with_name(args.out.name + ".checkpoint"))
-    return {"steps": step, "tokens": tokens, "minutes": minutes}
+            made = {"steps": step, "tokens": tokens, "minutes": minutes}
+            save_checkpoint(model, made, args.out.with_name(args.out.name + ".checkpoint"))
+    return made
+
+
+def save_checkpoint(model: MixtralForCausalLM, made: dict[str, float], folder: Path) -> None:
+    """Replaces the checkpoint: the model in fp32 and how far it got."""
+    fresh = folder.with_name(folder.name + ".new")
+    model.save_pretrained(fresh)
+    (fresh / "training.json").write_text(json.dumps(made))
+    shutil.rmtree(folder, ignore_errors=True)
+    fresh.rename(folder)
 
 
 def check(model: MixtralForCausalLM, corpus: Corpus, seed: int) -> None:
@@ -479,19 +563,119 @@ def check(model: MixtralForCausalLM, corpus: Corpus, seed: int) -> None:
     model.train()
 
 
+def save(
+    model: MixtralForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path, write_card: Callable[[Path], None]
+) -> None:
+    """Writes the model in bf16, the tokenizer and the card beside `out`, then swaps the folders.
+
+    The card is written from the files, by a model loaded anew."""
+    folder, old = out.with_name(out.name + ".new"), out.with_name(out.name + ".old")
+    for stale in (folder, old):
+        shutil.rmtree(stale, ignore_errors=True)
+    model.to(torch.bfloat16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings = {k: v for k, v in settings.items() if k not in ("is_local", "local_files_only", "backend")}
+    settings["tokenizer_class"] = "PreTrainedTokenizerFast"  # which older releases know as well
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+    write_card(folder)
+    for path in folder.iterdir():
+        path.chmod(0o644)
+    if out.exists():
+        out.rename(old)
+    folder.rename(out)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def measure(folder: Path, corpus: Corpus, data: Path, seed: int) -> dict[str, Any]:
+    """Everything the card states, on the model as saved."""
+    model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    text = (data / "eval" / "wiki.txt").read_text(encoding="utf-8")
+    ids = np.array(tokenizer(text)["input_ids"])
+    if tokenizer.decode(ids) != text:
+        raise ValueError(f"{folder}: the tokenizer does not give eval/wiki.txt back; train it anew")
+    rng = np.random.default_rng(seed)
+    loss = {window: window_loss(model, ids, window) for window in (1024, 2048)}
+    shares = expert_shares(model, ids)
+    stories = expert_shares(model, corpus.held_out[-1])
+    prompt = tokenizer("The city was founded in", return_tensors="pt")
+    said = model.generate(**prompt, max_new_tokens=30, do_sample=False, pad_token_id=tokenizer.eos_token_id)
+    return {
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "loss": loss,
+        "bits": {w: nats / math.log(2) * len(ids) / len(text.encode()) for w, nats in loss.items()},
+        "tokens": len(ids),
+        "shares": shares,
+        "specialisation": 0.5 * (shares - stories).abs().sum(-1),
+        "random": {d: repeat_accuracy(model, None, d, rng, 32) for d in DISTANCES},
+        "natural": {d: repeat_accuracy(model, ids, d, rng, 32) for d in DISTANCES},
+        "passkey": {d: passkey_accuracy(model, tokenizer, ids, corpus.words, d, rng, 40) for d in DISTANCES},
+        "said": tokenizer.decode(said[0]),
+    }
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table."""
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in [head, ["---"] * len(head), *rows])
+
+
+def write_card(folder: Path, corpus: Corpus, args: argparse.Namespace, made: dict[str, float]) -> None:
+    """Measures the model saved in `folder` and writes its README.md."""
+    got = measure(folder, corpus, args.data, args.seed)
+    config = json.loads((folder / "config.json").read_text())
+    percent = "{:.1%}".format
+    losses = [[str(w), f"{math.exp(x):.2f}", f"{x:.4f}", f"{got['bits'][w]:.3f}"] for w, x in got["loss"].items()]
+    copying = [
+        [name, *(percent(x) for x in got[key].values())]
+        for name, key in (("random tokens", "random"), ("natural text", "natural"), ("number, in full", "passkey"))
+    ]
+    experts = [
+        [str(layer), *(percent(x) for x in row.tolist()), percent(moved)]
+        for layer, (row, moved) in enumerate(zip(got["shares"], got["specialisation"].tolist()))
+    ]
+    text = CARD.format(
+        **config,
+        parameters=f"{got['parameters'] / 1e6:.2f}",
+        text_tokens=f"{sum(map(len, corpus.train)) / 1e6:.2f}",
+        shares=", ".join(f"{percent(v)} {k.partition('.')[0]}" for k, v in TEXT_SHARES.items()),
+        mix=", ".join(f"{v:.0%} {k}" for k, v in MIX_IN_WORDS.items()),
+        steps=made["steps"],
+        seen=f"{made['tokens'] / 1e6:.1f}",
+        minutes=f"{made['minutes']:.0f}",
+        lr=args.lr,
+        decay=args.decay,
+        wired_share=args.wired_share,
+        balance=args.balance,
+        seed=args.seed,
+        eval_tokens=got["tokens"],
+        losses=table(["window", "perplexity", "nats per token", "bits per byte"], losses),
+        copying=table(["distance in tokens", *map(str, DISTANCES)], copying),
+        experts=table(["layer", *(f"expert {e}" for e in range(EXPERTS)), "moves on stories"], experts),
+        least=percent(got["shares"].min().item()),
+        most=percent(got["shares"].max().item()),
+        said=got["said"].replace("\n", " "),
+    )
+    (folder / "README.md").write_text(text, encoding="utf-8")
+    print(text)
+
+
 def main() -> None:
     """Trains, saves in bf16, measures the saved model and writes its card."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     root = Path(__file__).resolve().parents[2]
-    parser.add_argument("--data", type=Path, default=root.parent / "shared" / "data", help="folder of training/ and eval/")
+    parser.add_argument(
+        "--data", type=Path, default=root.parent / "shared" / "data", help="folder of training/ and eval/"
+    )
     parser.add_argument("--out", type=Path, default=root / "recipes" / "demo")
     parser.add_argument("--minutes", type=float, default=85, help="time budget of the training loop")
     parser.add_argument("--steps", type=int, default=3000, help=f"steps of {TOKENS_PER_STEP} tokens")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--finish", type=Path, help="a checkpoint to save and measure, in place of training")
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--decay", type=float, default=0.1)
+    parser.add_argument("--wired-share", type=float, default=0.1, help="share of the rate that wired weights get")
     parser.add_argument("--balance", type=float, default=0.05, help="weight of the balancing loss")
     parser.add_argument("--check", type=int, default=200, help="steps between checks, each of which saves a checkpoint")
     args = parser.parse_args()
@@ -500,11 +684,15 @@ def main() -> None:
     texts = read_texts(args.data / "training")
     tokenizer = train_tokenizer(list(texts.values()))
     corpus = build_corpus(texts, tokenizer)
-    model = make_model(tokenizer, args.layers)
-    wire(model, tokenizer.bos_token_id, args.seed)
-    check(model, corpus, args.seed)
-    made = train(model, corpus, tokenizer, args) if args.steps else {"steps": 0, "tokens": 0, "minutes": 0}
-    save(model, tokenizer, args.out, lambda folder: card(folder, corpus, args, made))
+    if args.finish:
+        model = MixtralForCausalLM.from_pretrained(args.finish, dtype=torch.float32)
+        made = json.loads((args.finish / "training.json").read_text())
+    else:
+        model = make_model(tokenizer)
+        wire(model, tokenizer.bos_token_id, args.seed)
+        check(model, corpus, args.seed)
+        made = train(model, corpus, tokenizer, args)
+    save(model, tokenizer, args.out, lambda folder: write_card(folder, corpus, args, made))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,114 @@
+"""Bits against quality: every method at several bit widths on one model, in one run on one machine.
+
+    python tests/bench/quality.py MODEL --data CALIBRATION.txt --eval TEXT.txt --out tests/bench/results/NAME.json
+
+Each row is made by `acc quantize` in a process of its own (so that time and peak memory are its own) and scored by
+`acc eval` against the dense model. Only the decoder's linear layers are quantised. Rows that are in the output file with
+the same settings are not made again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ACC = Path(sys.executable).with_name("acc")
+# The settings of the SpQR authors' run: groups of 16, 3-bit statistics, threshold 0.2, damping 1, activation order.
+AUTHORS = ["--group-size", "16", "--outlier-threshold", "0.2", "--damp-percent", "1.0"]
+ROWS = {
+    f"{method} {bits}{label}": [method, bits, *options]
+    for bits in ("3", "2", "4")
+    for method, label, options in (
+        ("spqr", "", AUTHORS),
+        ("rtn", " g16", ["--group-size", "16"]),
+        ("rtn", " g32", ["--group-size", "32"]),
+    )
+}
+
+
+def run(command: list[str]) -> tuple[dict, float, float]:
+    """The JSON that a command prints, its seconds, and its peak memory in GiB."""
+    started = time.monotonic()
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    text = process.stdout.read()
+    _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        sys.exit(f"failed: {' '.join(command)}")
+    return json.loads(text), time.monotonic() - started, usage.ru_maxrss / 2**20
+
+
+def row(arguments: argparse.Namespace, method: str, bits: str, *options: str) -> dict:
+    """Quantises, evaluates, and returns the figures."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = str(Path(folder) / "out")
+        quantize = [str(ACC), "quantize", arguments.model, out, "--method", method, "--bits", bits, *options, "--json"]
+        if method != "rtn":
+            quantize += ["--data", arguments.data, "--nsamples", str(arguments.nsamples)]
+            quantize += ["--seqlen", str(arguments.seqlen)]
+        made, seconds, peak = run(quantize)
+        score = [str(ACC), "eval", out, "--base", arguments.model, "--data", arguments.eval]
+        score += ["--window", str(arguments.window), "--windows", str(arguments.windows), "--json"]
+        scored, eval_seconds, _ = run(score)
+        shutil.rmtree(out)
+    return {
+        "quantize": made,
+        "eval": scored,
+        "seconds": round(seconds, 1),
+        "eval_seconds": round(eval_seconds, 1),
+        "peak_memory_gib": round(peak, 2),
+        "command": [part if Path(part).name == part else Path(part).name for part in quantize[1:]],
+    }
+
+
+def machine() -> dict:
+    """What the figures depend on."""
+    names = ("acc-toolkit", "torch", "transformers", "safetensors")
+    return {
+        "python": platform.python_version(),
+        "processor": platform.machine(),
+        "cores": os.cpu_count(),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30),
+        "threads": os.environ.get("OMP_NUM_THREADS", "all"),
+        "versions": {name: importlib.metadata.version(name) for name in names},
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--eval", required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--nsamples", type=int, default=32)
+    parser.add_argument("--seqlen", type=int, default=1024)
+    parser.add_argument("--window", type=int, default=2048)
+    parser.add_argument("--windows", type=int, default=40)
+    parser.add_argument("--rows", nargs="*", default=list(ROWS), help="which rows; all by default")
+    arguments = parser.parse_args()
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    found = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
+    rows = found.get("rows", {})
+    for name in arguments.rows:
+        if name not in rows:
+            print(name, flush=True)
+            rows[name] = row(arguments, *ROWS[name])
+            settings = {k: v for k, v in vars(arguments).items() if k in ("nsamples", "seqlen", "window", "windows")}
+            whole = {"model": Path(arguments.model).name, "settings": settings, "machine": machine(), "rows": rows}
+            arguments.out.write_text(json.dumps(whole, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
