@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -74,3 +74,45 @@ def add_gram(total: Tensor, x: Tensor, block: int = 256) -> None:
     for start in range(0, features, block):
         stop = min(start + block, features)
         total[:stop, start:stop].addmm_(x[:, :stop].T, x[:, start:stop])
+
+
+def normalised(statistic: Statistic, event: Callable[..., None]) -> Tensor:
+    """The Hessian `[I, I]`, its mean diagonal 1; where nothing is known the identity, which makes a method round."""
+    hessian = statistic.value()
+    mean = float(hessian.diagonal().mean())
+    if not statistic.tokens:
+        reason = "no tokens"
+    elif mean == 0:
+        reason = "all inputs are zero"
+    elif not torch.isfinite(hessian).all():
+        reason = "the Hessian is not finite"
+    else:
+        return hessian / mean
+    event("rounding", reason=reason)
+    return torch.eye(len(hessian), device=hessian.device)
+
+
+def inverse_factor(hessian: Tensor, damp_percent: float, event: Callable[..., None]) -> Tensor:
+    """`U` upper triangular with `Uᵀ U = (H + λ)⁻¹`, λ = damp_percent times the mean of the living diagonal.
+
+    With `J` the reversal of order and `L` the Cholesky factor of `J (H + λ) J` it is `U = J L⁻¹ J`: one factorisation
+    and one triangular inverse. What is not positive in fp32 is tried in fp64, then with more damping: an event.
+    """
+    flipped, diagonal = hessian.flip(0, 1), hessian.diagonal()
+    mean = diagonal[diagonal > 0].mean()
+    attempts = [(torch.float32, damp_percent)]
+    attempts += [(torch.float64, max(damp_percent, damp)) for damp in (0.0, 0.01, 0.1, 1.0)]
+    for dtype, damp in attempts:
+        damped = flipped.to(dtype, copy=True)
+        damped.diagonal().add_(damp * mean)
+        lower, failed = torch.linalg.cholesky_ex(damped)
+        if failed:
+            continue
+        identity = torch.eye(len(lower), dtype=dtype, device=lower.device)
+        factor = torch.linalg.solve_triangular(lower, identity, upper=False).flip(0, 1).float()
+        if torch.isfinite(factor).all() and (factor.diagonal() > 0).all():
+            if (dtype, damp) != attempts[0]:
+                event("damping_retry", damp_percent=damp, dtype=str(dtype).removeprefix("torch."))
+            return factor
+    event("rounding", reason="the Hessian has no Cholesky factor")
+    return torch.eye(len(hessian), device=hessian.device)

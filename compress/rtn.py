@@ -66,8 +66,8 @@ def grid_range(groups: Tensor, symmetric: bool) -> tuple[Tensor, Tensor]:
 
 def scale_dtype(scale: Tensor, event: Event) -> torch.dtype:
     """float16, unless even the largest scale would overflow it or lose digits to underflow."""
-    largest, limits = float(scale.max()), torch.finfo(torch.float16)
-    if largest == 0 or limits.tiny <= largest <= limits.max:
+    largest = float(scale.max())
+    if largest == 0 or 2**-18 <= largest <= torch.finfo(torch.float16).max:
         return torch.float16
     event("scale_dtype", dtype="bfloat16", largest_scale=largest)
     return torch.bfloat16

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -13,6 +15,8 @@ from ..kernels.base import pick
 from ..kernels.grouped import grouped_weight
 from ..kernels.packing import CHUNK, pack, pack_stream
 from .base import PackedWeight, Scheme
+
+SCALE_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -33,10 +37,12 @@ class GroupedWeight(PackedWeight):
     @classmethod
     def layout(cls, shape: tuple[int, int], scheme: Scheme) -> dict[str, tuple[tuple[int | None, ...], torch.dtype]]:
         (rows, columns), bits = shape, scheme["bits"]
+        if not 2 <= bits <= 8:
+            raise ValueError(f"grouped: {bits} bits per code, expected 2 to 8")
         groups = -(-columns // _width(shape, scheme))
         layout: dict[str, tuple[tuple[int | None, ...], torch.dtype]] = {
             "": ((-(-columns // CHUNK), bits, rows), torch.int32),
-            "_scale": ((groups, rows), getattr(torch, scheme["scale_dtype"])),
+            "_scale": ((groups, rows), SCALE_DTYPES[scheme["scale_dtype"]]),
         }
         if not scheme["symmetric"]:
             layout["_zero"] = ((groups, -(-rows // 8) * bits), torch.uint8)
@@ -65,8 +71,7 @@ class GroupedWeight(PackedWeight):
         return grouped_weight(**self._operands(), columns=self.shape[1]).to(dtype).contiguous()
 
     def matmul(self, x: Tensor) -> Tensor:
-        kernel = pick("grouped", device=x.device.type, bits=self.scheme["bits"])
-        return kernel(x, **self._operands())
+        return self._kernel(x, **self._operands())
 
     def check(self) -> None:
         if not torch.isfinite(self.scale).all() or (self.scale < 0).any():
@@ -75,11 +80,17 @@ class GroupedWeight(PackedWeight):
     @classmethod
     def nominal_bits(cls, shape: tuple[int, int], scheme: Scheme, **counts: int) -> float:
         bits, zero = scheme["bits"], 0 if scheme["symmetric"] else scheme["bits"]
-        return bits + (8 * getattr(torch, scheme["scale_dtype"]).itemsize + zero) / _width(shape, scheme)
+        return bits + (8 * SCALE_DTYPES[scheme["scale_dtype"]].itemsize + zero) / _width(shape, scheme)
+
+    @cached_property
+    def _kernel(self) -> Callable[..., Tensor]:
+        return pick("grouped", device=self.codes.device.type, **self._numbers())
 
     def _operands(self) -> dict[str, Any]:
-        numbers = {"bits": self.scheme["bits"], "group_size": _width(self.shape, self.scheme)}
-        return {"codes": self.codes, "scale": self.scale, "zero": self.zero, **numbers}
+        return {"codes": self.codes, "scale": self.scale, "zero": self.zero, **self._numbers()}
+
+    def _numbers(self) -> dict[str, int]:
+        return {"bits": self.scheme["bits"], "group_size": _width(self.shape, self.scheme)}
 
 
 def _width(shape: tuple[int, int], scheme: Scheme) -> int:

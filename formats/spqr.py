@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -13,6 +15,8 @@ from ..kernels.base import pick
 from ..kernels.packing import CHUNK, pack, pack_stream
 from ..kernels.spqr import OUTLIER_BLOCK, outlier_position, outliers_per_row, spqr_weight
 from .base import PackedWeight, Scheme
+
+STAT_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -53,7 +57,9 @@ class SpQRWeight(PackedWeight):
     def layout(cls, shape: tuple[int, int], scheme: Scheme) -> dict[str, tuple[tuple[int | None, ...], torch.dtype]]:
         rows, columns = shape
         groups, bytes_ = -(-columns // scheme["group_size"]), -(-rows // 8)
-        stat_dtype = getattr(torch, scheme["stat_dtype"])
+        if not 2 <= scheme["bits"] <= 8:
+            raise ValueError(f"spqr: {scheme['bits']} bits per code, expected 2 to 8")
+        stat_dtype = STAT_DTYPES[scheme["stat_dtype"]]
         layout: dict[str, tuple[tuple[int | None, ...], torch.dtype]] = {
             "": ((-(-columns // CHUNK), scheme["bits"], rows), torch.int32),
             "_scale": ((groups, bytes_ * scheme["scale_bits"]), torch.uint8),
@@ -108,14 +114,17 @@ class SpQRWeight(PackedWeight):
         cls, tensors: dict[str, Tensor], parts: int, shape: tuple[int, int], scheme: Scheme
     ) -> list[PackedWeight]:
         """Each matrix has its own number of outliers, which its counts tell."""
-        counts = tensors["_outlier_count"].chunk(parts)
-        sizes = [int(outliers_per_row(count, shape[1]).sum()) for count in counts]
-        cut = {}
-        for suffix, tensor in tensors.items():
-            own = cls.layout(shape, scheme)[suffix][0][0]
-            if tensor.shape[0] != (sum(sizes) if own is None else own * parts):
+        layout = cls.layout(shape, scheme)
+        if odd := sorted(tensors.keys() ^ layout.keys()):
+            raise ValueError(f"spqr: expected tensors {sorted(layout)}, difference {odd}")
+        cut, sizes = {}, []
+        for suffix in sorted(layout, key=lambda s: layout[s][0][0] is None):  # "_outlier_count" before what it counts
+            tensor, (first, *rest) = tensors[suffix], layout[suffix][0]
+            if list(tensor.shape) != [sum(sizes) if first is None else first * parts, *rest]:
                 raise ValueError(f"spqr: {suffix or 'codes'!r} {tuple(tensor.shape)} does not split in {parts} parts")
-            cut[suffix] = tensor.split(sizes if own is None else own)
+            cut[suffix] = tensor.split(sizes if first is None else first)
+            if suffix == "_outlier_count":
+                sizes = [int(outliers_per_row(count, shape[1]).sum()) for count in cut[suffix]]
         return [cls.from_tensors({s: cut[s][part] for s in cut}, shape, scheme) for part in range(parts)]
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -127,14 +136,13 @@ class SpQRWeight(PackedWeight):
         return weight.contiguous()
 
     def matmul(self, x: Tensor) -> Tensor:
-        kernel = pick("spqr", device=x.device.type, bits=self.scheme["bits"], group_size=self.scheme["group_size"])
-        return kernel(x, perm=self.perm, **self._operands())
+        return self._kernel(x, perm=self.perm, **self._operands())
 
     def check(self) -> None:
         columns = self.shape[1]
         if not (torch.isfinite(self.stat).all() and torch.isfinite(self.outlier_value).all()):
             raise ValueError("spqr: a statistic or an outlier is not finite")
-        if self.perm is not None and not torch.equal(self.perm.long().sort().values, torch.arange(columns)):
+        if self.perm is not None and self.perm.long().sort().values.tolist() != list(range(columns)):
             raise ValueError(f"spqr: the order of columns is not a permutation of 0 to {columns - 1}")
         counted = int(outliers_per_row(self.outlier_count, columns).sum())
         stored = len(self.outlier_column), len(self.outlier_value)
@@ -155,10 +163,15 @@ class SpQRWeight(PackedWeight):
     def counts(self) -> dict[str, int]:
         return {"outliers": len(self.outlier_value)}
 
+    @cached_property
+    def _kernel(self) -> Callable[..., Tensor]:
+        return pick("spqr", device=self.codes.device.type, **self._numbers())
+
     def _operands(self) -> dict[str, Any]:
-        keys = ("bits", "group_size", "scale_bits", "zero_bits", "stat_group_size")
-        fields = [f for f in self.suffixes if f != "perm"]
-        return {f: getattr(self, f) for f in fields} | {k: self.scheme[k] for k in keys}
+        return {f: getattr(self, f) for f in self.suffixes if f != "perm"} | self._numbers()
+
+    def _numbers(self) -> dict[str, int]:
+        return {k: self.scheme[k] for k in ("bits", "group_size", "scale_bits", "zero_bits", "stat_group_size")}
 
 
 def _sort_outliers(row: Tensor, column: Tensor, value: Tensor, shape: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from acc.calibrate.hessian import Hessian
+from acc.calibrate.hessian import Hessian, inverse_factor, normalised
 
 
 def rows(tokens, features, seed=0):
@@ -54,3 +54,34 @@ def test_many_small_updates_lose_no_digits():
     for part in x.split(4):
         hessian.update(part)
     torch.testing.assert_close(hessian.value().double(), 2 / 4096 * x.double().T @ x.double(), rtol=2e-5, atol=0)
+
+
+@pytest.mark.parametrize("damp", [0.0, 0.01, 1.0])
+def test_factor_is_the_cholesky_factor_of_the_inverse(damp):
+    hessian, said = Hessian(48), []
+    hessian.update(rows(300, 48) * torch.logspace(-2, 1, 48))
+    value = normalised(hessian, lambda *_, **__: None)
+    assert float(value.diagonal().mean()) == pytest.approx(1)
+    factor = inverse_factor(value, damp, lambda kind, **_: said.append(kind)).double()
+    assert torch.equal(factor, factor.triu())
+    expected = torch.linalg.cholesky(torch.linalg.inv(value.double() + damp * torch.eye(48)), upper=True)
+    torch.testing.assert_close(factor, expected, rtol=1e-2, atol=1e-2 * float(expected.abs().max()))
+    assert not said
+
+
+def test_a_matrix_that_is_not_positive_gets_more_damping():
+    said = []
+    hessian = Hessian(64)
+    hessian.update(rows(3, 64))
+    factor = inverse_factor(hessian.value(), 0.0, lambda kind, **fields: said.append((kind, fields)))
+    assert torch.isfinite(factor).all()
+    assert said[0][0] == "damping_retry"
+    assert said[0][1]["damp_percent"] > 0
+
+
+def test_what_no_damping_helps_becomes_the_identity():
+    said = []
+    hopeless = torch.full((8, 8), 5.0).fill_diagonal_(1)
+    factor = inverse_factor(hopeless, 0.0, lambda kind, **fields: said.append(kind))
+    assert said == ["rounding"]
+    assert torch.equal(factor, torch.eye(8))

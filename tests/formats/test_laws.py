@@ -108,3 +108,18 @@ def test_stored_bits_are_the_nominal_ones_but_for_padding_and_bookkeeping(name):
     outliers = packed.tensors().get("_outlier_value", torch.empty(0)).numel()
     nominal = packed.nominal_bits(packed.shape, packed.scheme, outliers=outliers)
     assert nominal <= packed.stored_bits <= 1.15 * nominal
+
+
+@pytest.mark.parametrize("name", listing("formats"))
+def test_a_scheme_from_disk_is_not_trusted(name):
+    packed = example(name, (33, 40))
+    cls = type(packed)
+    for key, value in packed.scheme.items():
+        rest = {k: v for k, v in packed.scheme.items() if k != key}
+        if key != "format":
+            with pytest.raises((ValueError, KeyError)):
+                cls.from_tensors(packed.tensors(), packed.shape, rest)
+        if key == "bits" or key.endswith("dtype"):
+            bad = 9 if isinstance(value, int) else "load"
+            with pytest.raises((ValueError, KeyError)):
+                cls.layout(packed.shape, rest | {key: bad})

@@ -15,6 +15,7 @@ import json
 import math
 import os
 import shutil
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -39,17 +40,22 @@ HELD_OUT = 0.02  # the end of every training file, for watching overfitting
 # Sequence lengths with the share of steps that uses them; every step has about TOKENS_PER_STEP tokens.
 LENGTHS = {256: 0.45, 512: 0.35, 1024: 0.14, 2048: 0.06}
 TOKENS_PER_STEP = 2048
-MIX = {"text": 0.72, "random": 0.06, "repeat": 0.12, "key": 0.10}  # kinds of sequences
-MIX_IN_WORDS = {
-    "plain text": MIX["text"],
-    "random tokens seen twice": MIX["random"],
-    "text with a passage seen twice": MIX["repeat"],
-    "key-value lines stated and asked": MIX["key"],
+# Kinds of sequences: first until SWITCH of the budget is spent, then until the end.
+KINDS = {
+    "text": "plain text",
+    "random": "random tokens seen twice",
+    "repeat": "text with a passage seen twice",
+    "key": "key-value lines stated and asked",
 }
+SWITCH = 0.25
+MIXES = (
+    {"text": 0.72, "random": 0.06, "repeat": 0.12, "key": 0.10},
+    {"text": 0.45, "random": 0.10, "repeat": 0.30, "key": 0.15},
+)
 DISTANCES = (100, 200, 500, 1000)  # at which the card states copying
 
 CARD = """---
-license: cc-by-sa-3.0
+license: cc
 language: en
 tags: [mixture-of-experts, test-model]
 ---
@@ -72,8 +78,10 @@ by one, `<|bos|>` and `<|eos|>` never added by itself.
 
 `tests/tools/train_demo.py --seed {seed}`: {steps} steps, {seen} million tokens in {minutes} minutes on CPU;
 AdamW, peak rate {lr} ({wired_share} of it for the wired weights below), cosine, decay {decay}, balancing loss
-{balance} per layer, sequences of 256 to 2048 tokens, half of them opened by BOS. Sequences: {mix}.
-Text: {text_tokens} million tokens ({shares} of what was drawn).
+{balance} per layer, sequences of 256 to 2048 tokens, half of them opened by BOS.
+Text: {text_tokens} million tokens ({shares} of what was drawn).{resumed}
+
+{mixes}
 
 Copying did not emerge by itself at this scale, so training starts from a wired circuit: three heads of layer 0 look
 one, two and three tokens back; the heads of layer 1 compare the current trigram with those notes and copy what
@@ -88,11 +96,11 @@ windows, mean over predicted tokens, no BOS.
 
 ## Copying
 
-First two rows: BOS, a passage of 64 tokens, filler of the same kind, the passage again that many tokens after its
-first sight; share of next tokens predicted greedily with the true past given, over tokens 5 to 64 of the second
-sight, 32 passages each (random: uniform over the vocabulary; natural: from `eval/wiki.txt`). Last row, the passkey:
-eight lines `The pass key of <word> is <five digits>.`, that many tokens of `eval/wiki.txt`, then one of the lines up
-to `is`; share of numbers generated freely and greedily without an error, 40 trials each.
+Upper rows: BOS, a passage of 64 tokens, filler of the same kind, the passage again that many tokens after its first
+sight; share of next tokens predicted greedily with the true past given, over tokens 5 to 64 of the second sight, 32
+passages each (random: uniform over the vocabulary; natural: from `eval/wiki.txt`). Last row, the passkey: BOS, eight
+lines `The pass key of <word> is <five digits>.`, that many tokens of `eval/wiki.txt`, then one of the lines up to
+`is`; share of numbers generated freely and greedily without an error, 40 trials each.
 
 {copying}
 
@@ -110,8 +118,8 @@ Greedy, thirty tokens: "{said}"
 
 ## Limits
 
-English only; facts are invented; text beyond a sentence or two drifts. Copying takes the latest three tokens as
-its cue, so passages that share a trigram can be confused.
+English only; facts are invented; text beyond a sentence or two drifts; no sequence of training was longer than 2048
+tokens. Copying takes the latest three tokens as its cue, so passages that share a trigram can be confused.
 
 ## Data and licence
 
@@ -223,13 +231,13 @@ def key_value_passage(
 
 
 def make_batch(
-    rng: np.random.Generator, corpus: Corpus, tokenizer: PreTrainedTokenizerFast
+    rng: np.random.Generator, corpus: Corpus, tokenizer: PreTrainedTokenizerFast, mix: dict[str, float]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """One step's sequences, half of them opened by BOS -> (ids [B, T], loss weight [B, T])."""
     length = int(rng.choice(list(LENGTHS), p=list(LENGTHS.values())))
     rows, weights = [], []
     for _ in range(max(1, TOKENS_PER_STEP // length)):
-        kind = str(rng.choice(list(MIX), p=list(MIX.values())))
+        kind = str(rng.choice(list(mix), p=list(mix.values())))
         if kind == "random":
             ids, weight = random_repeat(rng, corpus, length)
         elif kind == "repeat":
@@ -391,12 +399,17 @@ def rotate_residual(model: MixtralForCausalLM, basis: torch.Tensor) -> None:
 
 @torch.no_grad()
 def repeat_accuracy(
-    model: torch.nn.Module, stream: np.ndarray | None, distance: int, rng: np.random.Generator, trials: int = 16
+    model: torch.nn.Module,
+    stream: np.ndarray | None,
+    distance: int,
+    rng: np.random.Generator,
+    trials: int = 16,
+    opening: tuple[int, ...] = (0,),
 ) -> float:
     """Greedy accuracy over the second sight of a passage of 64 tokens, `distance` tokens after the first.
 
-    `stream`: the text to cut from; None for uniformly random tokens. BOS, passage, filler, passage; teacher-forced;
-    the first four tokens are skipped, because nothing says yet which passage comes again."""
+    `stream`: the text to cut from; None for uniformly random tokens. `opening` (BOS), passage, filler, passage;
+    teacher-forced; the first four tokens are skipped, because nothing says yet which passage comes again."""
     size, skip = 64, 4
     rows = []
     for _ in range(trials):
@@ -405,7 +418,7 @@ def repeat_accuracy(
         else:
             start = rng.integers(0, len(stream) - distance)
             ids = stream[start : start + distance]
-        rows.append(np.concatenate([[0], ids, ids[:size]]))
+        rows.append(np.concatenate([opening, ids, ids[:size]]))
     batch = torch.from_numpy(np.stack(rows).astype(np.int64))
     guess = torch.cat([model(part).logits[:, :-1].argmax(-1) for part in batch.split(4)])
     return (guess == batch[:, 1:])[:, -(size - skip) :].float().mean().item()
@@ -503,19 +516,26 @@ def learning_rate(progress: float, peak: float) -> float:
 
 
 def train(
-    model: MixtralForCausalLM, corpus: Corpus, tokenizer: PreTrainedTokenizerFast, args: argparse.Namespace
-) -> dict[str, float]:
-    """Trains everything for `args.steps` steps or `args.minutes`, whichever ends first -> what the card tells of it.
+    model: MixtralForCausalLM,
+    corpus: Corpus,
+    tokenizer: PreTrainedTokenizerFast,
+    args: argparse.Namespace,
+    made: dict[str, Any],
+) -> dict[str, Any]:
+    """Trains everything for `args.steps` steps or `args.minutes`, whichever ends first -> how far it got.
 
-    The result depends on the seed alone as long as the steps are reached before the minutes."""
-    rng = np.random.default_rng(args.seed)
+    `made` is how far it got before; a resumed optimizer begins anew and warms up for 30 steps. The
+    result depends on the seed alone as long as the steps are reached before the minutes."""
+    step, tokens, before, average = made["steps"], made["tokens"], made["minutes"], None
+    rng = np.random.default_rng((args.seed, step))
     optimizer = torch.optim.AdamW(parameter_groups(model, args), lr=args.lr, betas=(0.9, 0.95))
-    begin, tokens, average, step, progress = time.monotonic(), 0, None, 0, 0.0
+    begin, first = time.monotonic(), step
+    progress = max(step / args.steps, before / args.minutes)
     top_k = model.config.num_experts_per_tok
     while progress < 1:
         for group in optimizer.param_groups:
-            group["lr"] = group["share"] * learning_rate(progress, args.lr)
-        ids, weight = make_batch(rng, corpus, tokenizer)
+            group["lr"] = group["share"] * learning_rate(progress, args.lr) * min(1, (step - first + 1) / 30)
+        ids, weight = make_batch(rng, corpus, tokenizer, MIXES[progress >= SWITCH])
         with torch.autocast("cpu", torch.bfloat16):  # a third faster where the processor knows bf16
             output = model(ids, output_router_logits=True)
         nll = F.cross_entropy(output.logits[:, :-1].float().flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
@@ -527,19 +547,19 @@ def train(
         optimizer.zero_grad(set_to_none=True)
         step, tokens = step + 1, tokens + ids.numel()
         average = nll.item() if average is None else 0.98 * average + 0.02 * nll.item()
-        minutes = (time.monotonic() - begin) / 60
+        minutes = before + (time.monotonic() - begin) / 60
         progress = max(step / args.steps, minutes / args.minutes)
         if step % 50 == 0:
             rate = tokens / minutes / 60
             print(f"{step} loss {average:.3f} balance {balance.item():.3f} {rate:.0f} tokens/s", flush=True)
         if step % args.check == 0 or progress >= 1:
             check(model, corpus, args.seed)
-            made = {"steps": step, "tokens": tokens, "minutes": minutes}
-            save_checkpoint(model, made, args.out.with_name(args.out.name + ".checkpoint"))
+            made = made | {"steps": step, "tokens": tokens, "minutes": minutes}
+            save_checkpoint(model, made, args.checkpoint)
     return made
 
 
-def save_checkpoint(model: MixtralForCausalLM, made: dict[str, float], folder: Path) -> None:
+def save_checkpoint(model: MixtralForCausalLM, made: dict[str, Any], folder: Path) -> None:
     """Replaces the checkpoint: the model in fp32 and how far it got."""
     fresh = folder.with_name(folder.name + ".new")
     model.save_pretrained(fresh)
@@ -610,6 +630,7 @@ def measure(folder: Path, corpus: Corpus, data: Path, seed: int) -> dict[str, An
         "specialisation": 0.5 * (shares - stories).abs().sum(-1),
         "random": {d: repeat_accuracy(model, None, d, rng, 32) for d in DISTANCES},
         "natural": {d: repeat_accuracy(model, ids, d, rng, 32) for d in DISTANCES},
+        "bare": {d: repeat_accuracy(model, ids, d, rng, 32, opening=()) for d in DISTANCES},
         "passkey": {d: passkey_accuracy(model, tokenizer, ids, corpus.words, d, rng, 40) for d in DISTANCES},
         "said": tokenizer.decode(said[0]),
     }
@@ -620,16 +641,14 @@ def table(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in [head, ["---"] * len(head), *rows])
 
 
-def write_card(folder: Path, corpus: Corpus, args: argparse.Namespace, made: dict[str, float]) -> None:
+def write_card(folder: Path, corpus: Corpus, args: argparse.Namespace, made: dict[str, Any]) -> None:
     """Measures the model saved in `folder` and writes its README.md."""
     got = measure(folder, corpus, args.data, args.seed)
     config = json.loads((folder / "config.json").read_text())
     percent = "{:.1%}".format
     losses = [[str(w), f"{math.exp(x):.2f}", f"{x:.4f}", f"{got['bits'][w]:.3f}"] for w, x in got["loss"].items()]
-    copying = [
-        [name, *(percent(x) for x in got[key].values())]
-        for name, key in (("random tokens", "random"), ("natural text", "natural"), ("number, in full", "passkey"))
-    ]
+    rows = {"random": "random tokens", "natural": "natural text", "bare": "natural text, no BOS", "passkey": "passkey"}
+    copying = [[name, *(percent(x) for x in got[key].values())] for key, name in rows.items()]
     experts = [
         [str(layer), *(percent(x) for x in row.tolist()), percent(moved)]
         for layer, (row, moved) in enumerate(zip(got["shares"], got["specialisation"].tolist()))
@@ -639,10 +658,16 @@ def write_card(folder: Path, corpus: Corpus, args: argparse.Namespace, made: dic
         parameters=f"{got['parameters'] / 1e6:.2f}",
         text_tokens=f"{sum(map(len, corpus.train)) / 1e6:.2f}",
         shares=", ".join(f"{percent(v)} {k.partition('.')[0]}" for k, v in TEXT_SHARES.items()),
-        mix=", ".join(f"{v:.0%} {k}" for k, v in MIX_IN_WORDS.items()),
+        mixes=table(
+            ["sequences", "first quarter", "afterwards"],
+            [[words, *(f"{mix[kind]:.0%}" for mix in MIXES)] for kind, words in KINDS.items()],
+        ),
         steps=made["steps"],
         seen=f"{made['tokens'] / 1e6:.1f}",
         minutes=f"{made['minutes']:.0f}",
+        resumed="".join(
+            f" The optimizer began anew at step {step}." for step in made["resumed"] if step < made["steps"]
+        ),
         lr=args.lr,
         decay=args.decay,
         wired_share=args.wired_share,
@@ -668,11 +693,14 @@ def main() -> None:
         "--data", type=Path, default=root.parent / "shared" / "data", help="folder of training/ and eval/"
     )
     parser.add_argument("--out", type=Path, default=root / "recipes" / "demo")
+    parser.add_argument("--checkpoint", type=Path, default=Path(tempfile.gettempdir()) / "demo-checkpoint")
     parser.add_argument("--minutes", type=float, default=85, help="time budget of the training loop")
-    parser.add_argument("--steps", type=int, default=3000, help=f"steps of {TOKENS_PER_STEP} tokens")
+    parser.add_argument("--steps", type=int, default=3200, help=f"steps of {TOKENS_PER_STEP} tokens")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--finish", type=Path, help="a checkpoint to save and measure, in place of training")
+    parser.add_argument(
+        "--resume", type=Path, help="a checkpoint to go on from; with the budget spent, only measure it"
+    )
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--decay", type=float, default=0.1)
     parser.add_argument("--wired-share", type=float, default=0.1, help="share of the rate that wired weights get")
@@ -684,14 +712,17 @@ def main() -> None:
     texts = read_texts(args.data / "training")
     tokenizer = train_tokenizer(list(texts.values()))
     corpus = build_corpus(texts, tokenizer)
-    if args.finish:
-        model = MixtralForCausalLM.from_pretrained(args.finish, dtype=torch.float32)
-        made = json.loads((args.finish / "training.json").read_text())
+    if args.resume:
+        model = MixtralForCausalLM.from_pretrained(
+            args.resume, dtype=torch.float32, experts_implementation="grouped_mm"
+        )
+        made = json.loads((args.resume / "training.json").read_text())
+        made["resumed"] = [*made["resumed"], made["steps"]]
     else:
-        model = make_model(tokenizer)
+        model, made = make_model(tokenizer), {"steps": 0, "tokens": 0, "minutes": 0, "resumed": []}
         wire(model, tokenizer.bos_token_id, args.seed)
         check(model, corpus, args.seed)
-        made = train(model, corpus, tokenizer, args)
+    made = train(model, corpus, tokenizer, args, made)
     save(model, tokenizer, args.out, lambda folder: write_card(folder, corpus, args, made))
 
 

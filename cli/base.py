@@ -1,0 +1,103 @@
+"""What several verbs share: the options they have in common, and how a text and a model are opened."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from ..formats.source import Source
+    from .ui import Screen
+
+Model = Annotated[str, typer.Argument(help="hub id (org/name[@revision]), folder, .gguf file, or demo", show_default=False)]
+Json = Annotated[bool, typer.Option("--json", help="print one JSON document and nothing else")]
+Seed = Annotated[int, typer.Option(min=0, help="of everything that is drawn")]
+Device = Annotated[str, typer.Option(help="where blocks are run: cpu, cuda, cuda:1, ...")]
+Dtype = Annotated[str, typer.Option(help="type that blocks are run in: auto, float32, bfloat16, float16")]
+Spill = Annotated[Path | None, typer.Option(help="folder for hidden states that should not stay in memory")]
+
+
+def tokenizer_of(source: Source) -> Any:
+    """The model's tokenizer. Raises ValueError when the model comes without one."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(source.folder, trust_remote_code=source.trust_remote_code)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(f"{source.spec}: its tokenizer cannot be loaded ({reason[:120]})") from None
+
+
+def text_limits(source: Source) -> dict[str, Any]:
+    """How long a sequence may be for the model, and how many tokens it knows."""
+    text = source.config.get("text_config")
+    config = text if isinstance(text, dict) else source.config
+    return {"max_length": config.get("max_position_embeddings"), "vocab_size": config.get("vocab_size")}
+
+
+def sampler(source: Source, dtype: Any = None) -> Any:
+    """A function that draws token ids from the model itself."""
+    from transformers import AutoModelForCausalLM
+
+    from ..calibrate.text import sample_self
+
+    model = AutoModelForCausalLM.from_pretrained(source.folder, dtype=dtype or source.dtype).eval()
+    return partial(sample_self, model)
+
+
+def check_device(device: str) -> str:
+    """Raises ValueError when torch cannot use the device."""
+    import torch
+
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {device}: {str(error).splitlines()[0]}") from None
+    return device
+
+
+def check_dtype(dtype: str) -> Any:
+    """None for auto, else a torch type. Raises ValueError for any other word."""
+    import torch
+
+    if dtype == "auto":
+        return None
+    if dtype not in ("float32", "bfloat16", "float16"):
+        raise ValueError(f"--dtype {dtype}: expected auto, float32, bfloat16 or float16")
+    return getattr(torch, dtype)
+
+
+def show_text(screen: Screen, text: Any) -> None:
+    """The decisions about a calibration text, and how it starts."""
+    from .ui import WIDTH, shorten
+
+    record = text.record()
+    screen.line(f"Text      {record['data']}: {record['nsamples_used']} sequences of {record['seqlen']} tokens")
+    screen.line(f"          sha256 {record['sha256'][:16]}, {record['order']}")
+    screen.line(shorten(f"          {record['bos']}", WIDTH + 20))
+    screen.line(shorten(f"          chat template {record['chat_template']}", WIDTH + 20))
+    screen.line(f"          starts {shorten(repr(text.first_sample), WIDTH - 17)}")
+    for note in text.notes:
+        screen.line(f"          note: {note}")
+
+
+def bits_of(source: Source) -> dict[str, float]:
+    """Bytes and bits per weight, counted from the files: of everything, and of what is packed."""
+    import math
+
+    infos = {name: source.info(name) for name in source.names()}
+    sizes = {name: math.prod(info.shape) for name, info in infos.items()}
+    total = sum(info.nbytes for info in infos.values())
+    packed = [name for name in source.entries if name in infos]
+    inside = sum(sizes[name] for name in packed)
+    return {
+        "bytes": total,
+        "parameters": sum(sizes.values()),
+        "bits": 8 * total / sum(sizes.values()),
+        "packed_parameters": inside,
+        "packed_bytes": sum(infos[name].nbytes for name in packed),
+        "packed_bits": 8 * sum(infos[name].nbytes for name in packed) / inside if inside else 0.0,
+    }

@@ -1,0 +1,93 @@
+"""acc inspect: what a model is made of, and what could be done with it."""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Annotated, Any
+
+import typer
+
+from .base import Json, Model
+
+CLASSES = {
+    "embeddings": r"embed_tokens|wte|word_embeddings",
+    "head": r"lm_head|embed_out",
+    "routers": r"\.(gate|router|shared_expert_gate)\.",
+    "shared experts": r"shared_expert",
+    "experts": r"\.experts\.",
+    "attention": r"attn|attention",
+    "norms": r"norm",
+    "mlp": r"mlp|feed_forward|ffn",
+}
+
+
+def inspect(
+    model: Model,
+    targets: Annotated[list[str], typer.Option(help="show what a pattern selects: a glob, or re:REGEX")] = [],  # noqa: B006
+    as_json: Json = False,
+) -> None:
+    """Show a model's blocks, heads, experts, and bytes by class."""
+    from ..calibrate.stream import Stream
+    from ..formats.names import select
+    from ..formats.source import open_source
+    from ..registry import listing
+    from .base import bits_of
+    from .ui import Screen, count, percent, size
+
+    screen = Screen(as_json)
+    source = open_source(model)
+    stream = Stream(source)
+    skeleton = stream.skeleton
+    matrices = [m for index in range(len(skeleton.layers)) for m in skeleton.matrices(index)]
+    names = list(dict.fromkeys(m.tensor for m in matrices))
+    facts = _facts(source, skeleton) | {"packable tensors": len(names), "packable matrices": len(matrices)}
+    stored = bits_of(source)
+    for key, value in facts.items():
+        screen.line(f"{key:<20}{value}")
+    if source.quantized:
+        screen.line(f"{'stored bits':<20}{stored['packed_bits']:.3f} in the packed part, {stored['bits']:.2f} in all")
+    rows = []
+    for kind, (weights, nbytes) in _classes(source).items():
+        rows.append([kind, count(weights), size(nbytes), percent(nbytes / stored["bytes"])])
+    screen.line()
+    screen.table("", ["class", "weights", "bytes", "share"], rows)
+    inside = sum(m.shape[0] * m.shape[1] for m in matrices)
+    screen.line(f"\n{percent(inside / stored['parameters'])} of the weights can be packed by {', '.join(listing('compress'))}")
+    selected = sorted(select(targets, {n: {n} for n in names}, "--targets")) if targets else []
+    for name in selected:
+        screen.line(f"  {name}")
+    if not source.quantized:
+        screen.next(f"acc quantize {model} --bits 3")
+    screen.result({"facts": facts, "stored": stored, "classes": {k: v[1] for k, v in _classes(source).items()}, "selected": selected})
+
+
+def _facts(source: Any, skeleton: Any) -> dict[str, Any]:
+    config = skeleton.model.config.get_text_config(decoder=True)
+    experts = next((getattr(config, n) for n in ("num_experts", "num_local_experts", "n_routed_experts") if getattr(config, n, None)), 0)
+    facts = {
+        "family": skeleton.family,
+        "parameters": sum(math.prod(source.info(n).shape) for n in source.names()),
+        "type": str(source.dtype).removeprefix("torch."),
+        "blocks": len(skeleton.layers),
+        "hidden size": config.hidden_size,
+        "heads": config.num_attention_heads,
+        "key/value heads": getattr(config, "num_key_value_heads", config.num_attention_heads),
+        "context": getattr(config, "max_position_embeddings", None),
+        "vocabulary": config.vocab_size,
+        "head tied": bool(skeleton.model.all_tied_weights_keys),
+    }
+    if experts:
+        facts |= {"experts": experts, "experts per token": getattr(config, "num_experts_per_tok", None)}
+    return facts
+
+
+def _classes(source: Any) -> dict[str, tuple[int, int]]:
+    """`{class: (weights, bytes)}`, largest first."""
+    found: dict[str, tuple[int, int]] = {}
+    for name in source.names():
+        info = source.info(name)
+        kind = next((k for k, pattern in CLASSES.items() if re.search(pattern, name)), "other")
+        weights, nbytes = found.get(kind, (0, 0))
+        found[kind] = (weights + math.prod(info.shape), nbytes + info.nbytes)
+    return dict(sorted(found.items(), key=lambda item: -item[1][1]))

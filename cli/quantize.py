@@ -1,0 +1,221 @@
+"""acc quantize: one method over one model."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .base import Device, Dtype, Json, Model, Seed, Spill
+
+# The chosen method's own fields are options too; they are read from what typer does not know.
+CONTEXT = {"allow_extra_args": True, "ignore_unknown_options": True}
+HUB_TEXT = "hf:allenai/c4:en:validation"
+
+
+def quantize(
+    context: typer.Context,
+    model: Model,
+    out: Annotated[Path | None, typer.Argument(help="folder to write; default: MODEL-acc-METHOD-IntBITS", show_default=False)] = None,
+    bits: Annotated[int, typer.Option(help="bits per code, 2 to 8")] = 3,
+    method: Annotated[str, typer.Option(help="see acc show")] = "spqr",
+    data: Annotated[str | None, typer.Option(help="calibration text: file, folder, .jsonl, hf:NAME, or self")] = None,
+    nsamples: Annotated[int, typer.Option(min=1, help="sequences of calibration text")] = 128,
+    seqlen: Annotated[int | None, typer.Option(min=2, help="tokens per sequence; default 2048 or what the model takes")] = None,
+    targets: Annotated[list[str], typer.Option(help="what to compress: a glob, or re:REGEX; may be repeated")] = ["*"],  # noqa: B006
+    ignore: Annotated[list[str], typer.Option(help="what to leave as it is: a glob, or re:REGEX")] = [],  # noqa: B006
+    seed: Seed = 0,
+    dtype: Dtype = "auto",
+    device: Device = "cpu",
+    batch: Annotated[int, typer.Option(min=1, help="tokens that go through a block at once")] = 8192,
+    spill: Spill = None,
+    resume: Annotated[bool, typer.Option("--resume", help="go on with a run that was stopped")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace a folder that acc made")] = False,
+    as_json: Json = False,
+) -> None:
+    """Compress a model's weights and write a checkpoint.
+
+    The chosen method's own settings are options as well, e.g. --group-size 32; `acc show METHOD` lists them.
+    """
+    from ..compress.apply import apply
+    from ..compress.recipe import Recipe, configure
+    from ..formats.source import open_source
+    from .base import bits_of, check_device, check_dtype, show_text
+    from .ui import Meter, Screen
+
+    screen = Screen(as_json)
+    settings = method_options(method, context.args) | {"bits": bits}
+    needs = configure(method, settings).needs
+    check_device(device), check_dtype(dtype)
+    source = open_source(model)
+    if source.quantized:
+        raise ValueError(f"{model}: packed by acc already; name the dense model, or export this one with acc export --to dense")
+    if seqlen is None:
+        longest = source.config.get("max_position_embeddings")
+        seqlen = min(2048, longest) if isinstance(longest, int) else 2048
+    if data is None and needs:
+        data = "self" if source.kind == "demo" else HUB_TEXT
+    calibration = {"data": data if needs else None, "nsamples": nsamples, "seqlen": seqlen, "seed": seed}
+    step = {"method": method, **settings, "targets": targets, "ignore": ignore}
+    recipe = Recipe.from_dict({"dtype": dtype, "calibration": calibration, "steps": [step]})
+    folder = out or default_name(source, method, bits)
+    screen.line(f"Model     {model}: {source.config.get('model_type')}, {source.dtype}".replace("torch.", ""))
+    screen.line(f"Method    {method}, " + ", ".join(f"{k} {v}" for k, v in settings.items()))
+    text = _text(recipe, source) if needs else None
+    batches: list[Any] = []
+    if text is not None:
+        show_text(screen, text)
+        batches = list(text.batches.split(max(1, batch // seqlen)))
+    again = f"acc {' '.join(_command(context, model, folder))} --resume"
+    try:
+        with Meter(screen) as meter:
+            outcome = apply(
+                recipe,
+                source,
+                folder,
+                batches,
+                text_record=_stable(text.record()) if text is not None else None,
+                device=device,
+                spill=spill,
+                resume=resume,
+                overwrite=overwrite,
+                report=meter,
+            )
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"what is finished is kept; go on with\n  {again}") from None
+    made = open_source(outcome.folder)
+    _summary(screen, source, made, outcome)
+    screen.next(f"acc eval {folder} --base {model} --data {_evaluation(source)}")
+    screen.result(
+        {
+            "folder": str(folder),
+            "recipe": recipe.to_dict(),
+            "dense": bits_of(source),
+            "packed": bits_of(made),
+            "nominal_bits": _nominal(outcome.records),
+            "relative_error": _mean_error(outcome.records),
+            "events": Counter(event["event"] for event in outcome.events),
+            "seconds": round(outcome.seconds, 2),
+        }
+    )
+
+
+def method_options(method: str, arguments: list[str]) -> dict[str, Any]:
+    """`["--group-size", "32"]` -> `{"group_size": "32"}`, against the fields of the method.
+
+    Raises ValueError for an option that the method does not have, with the nearest ones."""
+    import difflib
+
+    from ..registry import lookup
+
+    fields = lookup("compress", method).model_fields
+    mine = ["--data", "--nsamples", "--seqlen", "--targets", "--ignore", "--seed", "--dtype", "--device", "--bits"]
+    mine += ["--method", "--batch", "--spill", "--resume", "--overwrite", "--json"]
+    options = {f"--{name.replace('_', '-')}": name for name in fields}
+    found: dict[str, Any] = {}
+    rest = [part for argument in arguments for part in (argument.split("=", 1) if argument.startswith("--") else [argument])]
+    while rest:
+        name = rest.pop(0)
+        if name not in options:
+            near = difflib.get_close_matches(name, [*options, *mine], n=3, cutoff=0.5)
+            hint = f"did you mean {' or '.join(near)}?" if near else f"acc show {method} lists its options"
+            raise ValueError(f"{method} has no option {name}; {hint}")
+        if not rest or rest[0] in options:
+            raise ValueError(f"{name} needs a value")
+        value = rest.pop(0)
+        found[options[name]] = None if value.lower() in ("none", "null") else value
+    return found
+
+
+def default_name(source: Any, method: str, bits: int) -> Path:
+    """`Qwen/Qwen3-0.6B` -> `Qwen3-0.6B-acc-SpQR-Int3`."""
+    from ..registry import lookup
+
+    plain = Path(source.spec.partition("@")[0]).name if source.kind == "hub" else Path(source.spec).stem
+    return Path(f"{plain or 'model'}-acc-{lookup('compress', method).__name__}-Int{bits}")
+
+
+def _text(recipe: Any, source: Any) -> Any:
+    """Loads the calibration text that a recipe names."""
+    from ..calibrate.text import load_text
+    from .base import sampler, text_limits, tokenizer_of
+
+    wanted = recipe.calibration
+    return load_text(
+        wanted.data,
+        tokenizer_of(source),
+        nsamples=wanted.nsamples,
+        seqlen=wanted.seqlen,
+        seed=wanted.seed,
+        generate=sampler(source) if wanted.data == "self" else None,
+        **text_limits(source),
+    )
+
+
+def _stable(record: dict[str, Any]) -> dict[str, Any]:
+    """What a resumed run must agree on: the tokens, not where the file lay."""
+    return record | {"data": record["data"] if record["kind"] in ("self", "hub data set") else Path(record["data"]).name}
+
+
+def _command(context: typer.Context, model: str, folder: Path) -> list[str]:
+    """The command as it was typed, with the output named."""
+    import shlex
+    import sys
+
+    words = [word for word in sys.argv[1:] if word not in ("--resume", "--overwrite")]
+    if str(folder) not in words and model in words:
+        words.insert(words.index(model) + 1, str(folder))
+    return [shlex.quote(word) for word in words]
+
+
+def _evaluation(source: Any) -> str:
+    return "self" if source.kind == "demo" else "TEXT.txt"
+
+
+def _packed(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [record for record in records if record["method"] != "kept"]
+
+
+def _mean(records: list[dict[str, Any]], key: str) -> float | None:
+    rows = _packed(records)
+    weights = sum(row["parameters"] for row in rows)
+    return sum(row[key] * row["parameters"] for row in rows) / weights if weights else None
+
+
+def _nominal(records: list[dict[str, Any]]) -> float | None:
+    return _mean(records, "nominal_bits")
+
+
+def _mean_error(records: list[dict[str, Any]]) -> float | None:
+    return _mean(records, "relative_error")
+
+
+def _summary(screen: Any, source: Any, made: Any, outcome: Any) -> None:
+    from .base import bits_of
+    from .ui import clock, count, percent, shorten, size
+
+    before, after = bits_of(source), bits_of(made)
+    nominal = _nominal(outcome.records)
+    rows = [
+        ["whole model", size(before["bytes"]), size(after["bytes"]), f"{before['bits']:.2f}", f"{after['bits']:.2f}", ""],
+        [
+            "packed part",
+            size(sum(source.info(name).nbytes for name in made.entries)),
+            size(after["packed_bytes"]),
+            f"{8 * sum(source.info(n).nbytes for n in made.entries) / after['packed_parameters']:.2f}",
+            f"{after['packed_bits']:.3f}",
+            f"{nominal:.3f}" if nominal is not None else "",
+        ],
+    ]
+    screen.line()
+    screen.table("", ["", "dense", "packed", "bits", "stored bits", "nominal"], rows)
+    share = after["packed_parameters"] / after["parameters"]
+    screen.line(f"\n{percent(share)} of {count(after['parameters'])} weights packed in {clock(outcome.seconds)}")
+    worst = sorted(_packed(outcome.records), key=lambda record: -record["relative_error"])[:3]
+    for record in worst:
+        name = record["tensor"] if record.get("part") is None else f"{record['tensor']}[{record['part']}]"
+        screen.line(f"  error {percent(record['relative_error']):>6} of the {record['error_of']}  {shorten(name, 50)}")
+    for kind, number in Counter(event["event"] for event in outcome.events).items():
+        screen.line(f"  event {kind}: {number} (report.jsonl names each)")

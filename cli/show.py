@@ -1,0 +1,76 @@
+"""acc show: methods, formats and statistics, and what each can be told."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Annotated, Any
+
+import typer
+
+from .base import Json
+
+FOLDERS = {"compress": "Methods", "formats": "Formats", "calibrate": "Statistics"}
+
+
+def show(
+    name: Annotated[str | None, typer.Argument(help="a method, format or statistic; without it, all are listed")] = None,
+    as_json: Json = False,
+) -> None:
+    """List what there is, or one entry's fields and source."""
+    from ..registry import listing
+    from .ui import Screen
+
+    screen = Screen(as_json)
+    found = {folder: listing(folder) for folder in FOLDERS}
+    if name is None:
+        for folder, title in FOLDERS.items():
+            screen.line(f"{title}")
+            for entry, line in found[folder].items():
+                screen.line(f"  {entry:<10}{line}")
+        screen.next("acc show spqr")
+        screen.result(found)
+        return
+    homes = [folder for folder in FOLDERS if name in found[folder]]
+    if not homes:
+        import difflib
+
+        every = sorted({entry for entries in found.values() for entry in entries})
+        raise ValueError(f"there is no {name!r}; there is {', '.join(difflib.get_close_matches(name, every, n=3) or every)}")
+    screen.result({folder: _describe(screen, folder, name) for folder in homes})
+
+
+def _describe(screen: Any, folder: str, name: str) -> dict[str, Any]:
+    from ..registry import lookup
+
+    cls = lookup(folder, name)
+    text = inspect.getdoc(cls) or ""
+    screen.line(f"{FOLDERS[folder][:-1]} {name}\n\n{text}\n")
+    if folder != "compress":
+        return {"text": text}
+    rows, fields = [], {}
+    for field, info in cls.model_fields.items():
+        kind = cls.model_json_schema()["properties"][field]
+        bounds = _bounds(kind)
+        rows.append([f"--{field.replace('_', '-')}", str(info.default), bounds])
+        fields[field] = {"default": info.default, "allowed": bounds, "help": info.description}
+    screen.table("", ["option", "default", "allowed"], rows)
+    screen.line()
+    for field, info in fields.items():
+        screen.line(f"  {field}: {info['help']}")
+    screen.line(f"\nNeeds {', '.join(cls.needs) or 'no statistics'}; writes format {cls.format}")
+    screen.next(f"acc quantize MODEL --method {name}")
+    return {"text": text, "fields": fields, "needs": cls.needs, "format": cls.format}
+
+
+def _bounds(schema: dict[str, Any]) -> str:
+    """What a JSON schema allows, in a few words."""
+    if "anyOf" in schema:
+        return " or ".join(_bounds(option) for option in schema["anyOf"])
+    if "enum" in schema:
+        return ", ".join(str(value) for value in schema["enum"])
+    low, high = schema.get("minimum"), schema.get("maximum")
+    if low is not None and high is not None:
+        return f"{low} to {high}"
+    if low is not None:
+        return f"{low} or more"
+    return "none" if schema.get("type") == "null" else str(schema.get("type", "any"))

@@ -1,0 +1,136 @@
+"""What a person sees: tables of 80 columns, progress with the time that is left, and JSON for machines."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import time
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+WIDTH = 80
+
+
+class Missed(Exception):  # noqa: N818
+    """A bound on quality, or a check of an artifact, was missed: exit code 3."""
+
+
+def quiet() -> None:
+    """Silences what libraries would print between our own lines."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    warnings.filterwarnings("ignore")
+    logging.disable(logging.WARNING)
+
+
+class Screen:
+    """Prints for people, or keeps silent and prints one JSON document at the end."""
+
+    def __init__(self, as_json: bool):
+        self.as_json = as_json
+        terminal = sys.stdout.isatty()
+        self.console = Console(
+            width=min(WIDTH, Console().width) if terminal else WIDTH, highlight=False, soft_wrap=not terminal, quiet=as_json
+        )
+
+    def line(self, text: str = "") -> None:
+        self.console.print(text, markup=False)
+
+    def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+        """The first column is text and may be cut, the others are figures."""
+        table = Table(title=title, title_justify="left", box=None, pad_edge=False, title_style="bold", header_style="bold")
+        for index, name in enumerate(columns):
+            table.add_column(name, justify="left" if index == 0 else "right", overflow="ellipsis", no_wrap=True)
+        for row in rows:
+            table.add_row(*(str(cell) for cell in row))
+        self.console.print(table)
+
+    def next(self, command: str) -> None:
+        self.line(f"\nNext: {command}")
+
+    def result(self, value: Any) -> None:
+        """The one document of `--json`."""
+        if self.as_json:
+            print(json.dumps(value, indent=1, default=str))
+
+
+class Meter:
+    """Overall progress from fractions done: a bar on a terminal, else a line every ten seconds."""
+
+    def __init__(self, screen: Screen):
+        self.started, self.said = time.monotonic(), time.monotonic()
+        self.live: Progress | None = None
+        self.silent = screen.as_json
+        if not self.silent and sys.stderr.isatty():
+            self.live = Progress(
+                TextColumn("{task.description:<18.18}"),
+                BarColumn(bar_width=28),
+                TextColumn("{task.percentage:>3.0f}%"),
+                TimeElapsedColumn(),
+                TextColumn("{task.fields[left]}"),
+                console=Console(stderr=True, width=WIDTH),
+                transient=True,
+            )
+
+    def __enter__(self) -> Meter:
+        if self.live is not None:
+            self.live.start()
+            self.task = self.live.add_task("", total=1.0, left="")
+        return self
+
+    def __exit__(self, *unused: object) -> None:
+        if self.live is not None:
+            self.live.stop()
+
+    def __call__(self, fraction: float, what: str) -> None:
+        now = time.monotonic()
+        left = (now - self.started) * (1 - fraction) / fraction if fraction > 0.005 else None
+        text = f"{clock(left)} left" if left is not None else "estimating"
+        if self.live is not None:
+            self.live.update(self.task, completed=fraction, description=what, left=text)
+        elif not self.silent and now - self.said >= 10:
+            self.said = now
+            print(f"{100 * fraction:3.0f}%  {what}, {clock(now - self.started)} gone, {text}", file=sys.stderr, flush=True)
+
+
+def clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+
+
+def size(count: float) -> str:
+    """Bytes in binary units."""
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if count < 1024 or unit == "TiB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    raise AssertionError
+
+
+def count(number: float) -> str:
+    """A number of weights or tokens."""
+    for power, unit in ((12, "T"), (9, "B"), (6, "M"), (3, "k")):
+        if number >= 10**power:
+            return f"{number / 10**power:.1f}{unit}"
+    return str(round(number))
+
+
+def percent(value: float) -> str:
+    return f"{100 * value:.1f}%" if value >= 0.1 else f"{100 * value:.2f}%"
+
+
+def shorten(text: str, width: int) -> str:
+    """The text without line breaks, cut in the middle to `width` characters."""
+    text = " ".join(text.split())
+    half = (width - 3) // 2
+    return text if len(text) <= width else f"{text[:half]}...{text[-(width - 3 - half):]}"
