@@ -22,8 +22,8 @@ def quantize(
     bits: Annotated[int, typer.Option(help="bits per code, 2 to 8")] = 3,
     method: Annotated[str, typer.Option(help="see acc show")] = "spqr",
     data: Annotated[str | None, typer.Option(help="calibration text: file, folder, .jsonl, hf:NAME, or self")] = None,
-    nsamples: Annotated[int, typer.Option(min=1, help="sequences of calibration text")] = 128,
-    seqlen: Annotated[int | None, typer.Option(min=2, help="tokens per sequence; default 2048 or what the model takes")] = None,
+    nsamples: Annotated[int | None, typer.Option(min=1, help="sequences of text; default 128, of self 64")] = None,
+    seqlen: Annotated[int | None, typer.Option(min=2, help="tokens per sequence; default 2048, of self 512")] = None,
     targets: Annotated[list[str], typer.Option(help="what to compress: a glob, or re:REGEX; may be repeated")] = ["*"],  # noqa: B006
     ignore: Annotated[list[str], typer.Option(help="what to leave as it is: a glob, or re:REGEX")] = [],  # noqa: B006
     seed: Seed = 0,
@@ -39,9 +39,11 @@ def quantize(
 
     The chosen method's own settings are options as well, e.g. --group-size 32; `acc show METHOD` lists them.
     """
-    from ..compress.apply import apply
+    from ..calibrate.stream import Stream
+    from ..compress.apply import apply, assign
     from ..compress.recipe import Recipe, configure
     from ..formats.source import open_source
+    from ..formats.store import Store
     from .base import bits_of, check_device, check_dtype, show_text
     from .ui import Meter, Screen
 
@@ -52,22 +54,25 @@ def quantize(
     source = open_source(model)
     if source.quantized:
         raise ValueError(f"{model}: packed by acc already; name the dense model, or export this one with acc export --to dense")
-    if seqlen is None:
-        longest = source.config.get("max_position_embeddings")
-        seqlen = min(2048, longest) if isinstance(longest, int) else 2048
     if data is None and needs:
         data = "self" if source.kind == "demo" else HUB_TEXT
-    calibration = {"data": data if needs else None, "nsamples": nsamples, "seqlen": seqlen, "seed": seed}
-    step = {"method": method, **settings, "targets": targets, "ignore": ignore}
-    recipe = Recipe.from_dict({"dtype": dtype, "calibration": calibration, "steps": [step]})
+    recipe = Recipe.from_dict(
+        {
+            "dtype": dtype,
+            "calibration": _calibration(source, data if needs else None, nsamples, seqlen) | {"seed": seed},
+            "steps": [{"method": method, **settings, "targets": targets, "ignore": ignore}],
+        }
+    )
     folder = out or default_name(source, method, bits)
+    Store.check(folder, resume=resume, overwrite=overwrite)
+    assign(recipe, Stream(source))  # a pattern that fits nothing is found before the text is read
     screen.line(f"Model     {model}: {source.config.get('model_type')}, {source.dtype}".replace("torch.", ""))
     screen.line(f"Method    {method}, " + ", ".join(f"{k} {v}" for k, v in settings.items()))
     text = _text(recipe, source) if needs else None
     batches: list[Any] = []
     if text is not None:
         show_text(screen, text)
-        batches = list(text.batches.split(max(1, batch // seqlen)))
+        batches = list(text.batches.split(max(1, batch // recipe.calibration.seqlen)))
     again = f"acc {' '.join(_command(context, model, folder))} --resume"
     try:
         with Meter(screen) as meter:
@@ -100,6 +105,15 @@ def quantize(
             "seconds": round(outcome.seconds, 2),
         }
     )
+
+
+def _calibration(source: Any, data: str | None, nsamples: int | None, seqlen: int | None) -> dict[str, Any]:
+    """How much text; what is drawn from the model itself takes time to draw, so less of it is the default."""
+    samples, length = (64, 512) if data == "self" else (128, 2048)
+    longest = source.config.get("max_position_embeddings")
+    if isinstance(longest, int):
+        length = min(length, longest)
+    return {"data": data, "nsamples": nsamples or samples, "seqlen": seqlen or length}
 
 
 def method_options(method: str, arguments: list[str]) -> dict[str, Any]:

@@ -70,11 +70,7 @@ class Store:
         if resume and store._already_made():
             store.complete = True
             return store
-        store._check_out(overwrite)
-        if store.partial.exists() and not (resume or overwrite):
-            raise ValueError(
-                f"{store.partial}: an unfinished run; continue it with --resume, or start anew with --overwrite"
-            )
+        store._check_out(resume, overwrite)
         store._check_space(needed_bytes, resume)
         store._lock()
         if not (resume and store._resume()):
@@ -249,14 +245,24 @@ class Store:
         shutil.rmtree(self.partial, ignore_errors=True)
         return True
 
-    def _check_out(self, overwrite: bool) -> None:
+    @classmethod
+    def check(cls, out: Path | str, *, resume: bool = False, overwrite: bool = False) -> None:
+        """Raises what `create` would raise about what is there already, before any work is done; touches nothing."""
+        store = cls(Path(os.path.abspath(Path(out).expanduser())), {}, [])
+        if not (resume and read_manifest(store.out) is not None):
+            store._check_out(resume, overwrite)
+
+    def _check_out(self, resume: bool, overwrite: bool) -> None:
         out = self.out
-        if not os.path.lexists(out) or (out.is_dir() and not any(out.iterdir())):
-            return
-        if read_manifest(out) is None:
-            raise ValueError(f"{out}: exists and was not made by acc; choose another name or move it away")
-        if not overwrite:
-            raise ValueError(f"{out}: exists; choose another name, or replace it with --overwrite")
+        if os.path.lexists(out) and not (out.is_dir() and not any(out.iterdir())):
+            if not out.is_dir() or read_manifest(out) is None:
+                raise ValueError(f"{out}: exists and was not made by acc; choose another name or move it away")
+            if not overwrite:
+                raise ValueError(f"{out}: exists; choose another name, or replace it with --overwrite")
+        if self.partial.exists() and not (resume or overwrite):
+            raise ValueError(
+                f"{self.partial}: an unfinished run; continue it with --resume, or start anew with --overwrite"
+            )
 
     def _check_space(self, needed: int, resume: bool) -> None:
         have = sum(path.stat().st_size for path in self.folder.glob("*.safetensors")) if resume else 0
