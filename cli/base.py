@@ -2,22 +2,70 @@
 
 from __future__ import annotations
 
+import contextlib
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+import typer.core
 
 if TYPE_CHECKING:
     from ..formats.source import Source
     from .ui import Screen
 
-Model = Annotated[str, typer.Argument(help="hub id (org/name[@revision]), folder, .gguf file, or demo", show_default=False)]
+MODEL_HELP = "hub id (org/name[@revision]), folder, .gguf file, or demo"
+Model = Annotated[str, typer.Argument(help=MODEL_HELP, show_default=False)]
 Json = Annotated[bool, typer.Option("--json", help="print one JSON document and nothing else")]
 Seed = Annotated[int, typer.Option(min=0, help="of everything that is drawn")]
 Device = Annotated[str, typer.Option(help="where blocks are run: cpu, cuda, cuda:1, ...")]
 Dtype = Annotated[str, typer.Option(help="type that blocks are run in: auto, float32, bfloat16, float16")]
 Spill = Annotated[Path | None, typer.Option(help="folder for hidden states that should not stay in memory")]
+
+
+class MethodCommand(typer.core.TyperCommand):
+    """A verb with a `--method`, whose fields are options too: `context.obj` holds those that were given.
+
+    They are taken out before the verb's own options are parsed, so that a value is never mistaken for an argument.
+    """
+
+    method_options: tuple[str, ...] = ()
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        own = {name for parameter in self.params for name in parameter.opts} | set(ctx.help_option_names)
+        ctx.obj = {}
+        if any(word.startswith("--") and word.partition("=")[0] not in own for word in args):
+            args, ctx.obj = self._take(list(args), own)
+        return super().parse_args(ctx, args)
+
+    def _take(self, args: list[str], own: set[str]) -> tuple[list[str], dict[str, Any]]:
+        from ..registry import lookup
+
+        spelled = next((p.default for p in self.params if p.name == "method"), None)
+        for word, value in zip(args, [*args[1:], ""]):
+            spelled = value if word == "--method" else word[9:] if word.startswith("--method=") else spelled
+        fields = {f"--{name.replace('_', '-')}": name for name in lookup("compress", str(spelled)).model_fields}
+        self.method_options = tuple(fields)
+        rest, found = [], {}
+        while args:
+            name, equals, value = args.pop(0).partition("=")
+            if name in own or name not in fields:
+                rest.append(name + equals + value)
+                continue
+            if not equals:
+                if not args or args[0] in fields or args[0] in own:
+                    raise ValueError(f"{name} needs a value")
+                value = args.pop(0)
+            found[fields[name]] = _parsed(value)
+        return rest, found
+
+
+def _parsed(text: str) -> int | float | bool | str | None:
+    """A value as typed in a shell; what a method's field makes of it is the field's business."""
+    for kind in (int, float):
+        with contextlib.suppress(ValueError):
+            return kind(text)
+    return {"none": None, "null": None, "true": True, "false": False}.get(text.lower(), text)
 
 
 def tokenizer_of(source: Source) -> Any:
@@ -75,13 +123,14 @@ def show_text(screen: Screen, text: Any) -> None:
     from .ui import WIDTH, shorten
 
     record = text.record()
-    screen.line(f"Text      {record['data']}: {record['nsamples_used']} sequences of {record['seqlen']} tokens")
-    screen.line(f"          sha256 {record['sha256'][:16]}, {record['order']}")
-    screen.line(shorten(f"          {record['bos']}", WIDTH + 20))
-    screen.line(shorten(f"          chat template {record['chat_template']}", WIDTH + 20))
-    screen.line(f"          starts {shorten(repr(text.first_sample), WIDTH - 17)}")
+    used, seqlen = record["nsamples_used"], record["seqlen"]
+    screen.field("Text", f"{record['data']}: {used} sequences of {seqlen} tokens, {used * seqlen:,} in all")
+    screen.field("", f"sha256 {record['sha256'][:16]}, {record['order']}")
+    screen.field("", record["bos"])
+    screen.field("", f"chat template {record['chat_template']}")
+    screen.line(f"{'':<10}starts {shorten(repr(text.first_sample[:400]), WIDTH - 17)}")
     for note in text.notes:
-        screen.line(f"          note: {note}")
+        screen.field("", f"note: {note}")
 
 
 def bits_of(source: Source) -> dict[str, float]:

@@ -9,14 +9,14 @@ import typer
 from .base import Device, Dtype, Json, Model, Seed, Spill
 
 
-def eval(  # noqa: A001
+def eval(
     model: Model,
-    data: Annotated[str, typer.Option(help="text: file, folder, .jsonl, hf:NAME, or self (drawn from the base)", show_default=False)],
+    data: Annotated[str, typer.Option(help="text: file, folder, .jsonl, hf:NAME, or self", show_default=False)],
     base: Annotated[str | None, typer.Option(help="the dense model to compare with")] = None,
     window: Annotated[int, typer.Option(min=2, help="tokens per window")] = 2048,
     windows: Annotated[int | None, typer.Option(min=1, help="how many windows; default: the whole text")] = None,
-    max_kl: Annotated[float | None, typer.Option(help="exit with 3 when the divergence from the base is larger")] = None,
-    max_ppl_ratio: Annotated[float | None, typer.Option(help="exit with 3 when perplexity over the base's is larger")] = None,
+    max_kl: Annotated[float | None, typer.Option(help="exit code 3 when the divergence is larger")] = None,
+    max_ppl_ratio: Annotated[float | None, typer.Option(help="exit code 3 when the ratio is larger")] = None,
     seed: Seed = 1,
     dtype: Dtype = "auto",
     device: Device = "cpu",
@@ -25,8 +25,8 @@ def eval(  # noqa: A001
 ) -> None:
     """Measure perplexity, and divergence from a base model.
 
-    The text is tokenised once and cut into windows that do not overlap; every token but the first of a window is predicted.
-    Models are streamed: one block at a time is in memory.
+    The text is tokenised once and cut into windows that do not overlap; every token but the first of a window is
+    predicted. Models are streamed: one block at a time is in memory. `--data self` draws the text from the base.
     """
     from ..calibrate.evaluate import evaluate, unscored
     from ..calibrate.evaluate import windows as cut
@@ -44,12 +44,12 @@ def eval(  # noqa: A001
     other = open_source(base) if base is not None else None
     ids, record = _ids(data, other or source, window, windows, seed)
     batches = cut(ids, window, windows)
-    screen.line(f"Text      {data}: {len(batches)} windows of {window} tokens; {unscored(ids, batches, windows)}")
-    screen.line(f"          {record['bos']}")
-    streams = [Stream(s, dtype=kind, device=device, spill=spill) if s is not None else None for s in (source, other)]
+    screen.field("Text", f"{data}: {unscored(ids, batches, windows)}")
+    screen.field("", record["bos"])
+    own = Stream(source, dtype=kind, device=device, spill=spill)
+    of_base = Stream(other, dtype=kind, device=device, spill=spill) if other is not None else None
     with Meter(screen) as meter:
-        tracked = _Tracked(meter, streams, len(batches))
-        result = evaluate(streams[0], streams[1], batches, tracked)
+        result = evaluate(own, of_base, batches, _Tracked(meter, [own, of_base], len(batches)))
     result |= {"stored": bits_of(source), "stored_base": bits_of(other) if other is not None else None, "text": record}
     missed = _missed(result, max_kl, max_ppl_ratio)
     _table(screen, model, base, result)

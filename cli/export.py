@@ -29,8 +29,7 @@ def export(
         raise ValueError(f"--to {to}: there is {', '.join(EXPORTS)}")
     screen = Screen(as_json)
     source = open_source(folder)
-    if out.exists() and not overwrite:
-        raise ValueError(f"{out}: exists; choose another name, or replace it with --overwrite")
+    _check_out(out, source.folder, overwrite)
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -45,6 +44,19 @@ def export(
     screen.line(f"{out}: {size(total)} of weights, loads in stock transformers")
     screen.next(f"acc eval {out} --base {folder} --data TEXT.txt")
     screen.result({"folder": str(out), "bytes": total, "format": to})
+
+
+def _check_out(out: Path, source: Path, overwrite: bool) -> None:
+    """Raises ValueError when `out` must not be written, or replaced."""
+    here, there = out.resolve(), source.resolve()
+    if here == there or here in there.parents or there in here.parents:
+        raise ValueError(f"{out}: choose a folder beside {source}, not the same one and none inside or around it")
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    if not overwrite:
+        raise ValueError(f"{out}: exists; choose another name, or replace it with --overwrite")
+    if not (out / "config.json").is_file():
+        raise ValueError(f"{out}: exists and is no model's folder; choose another name or move it away")
 
 
 def to_dense(source: Any, folder: Path) -> int:

@@ -33,7 +33,9 @@ def generate(
     check_device(device)
     source = open_source(model)
     tokenizer = tokenizer_of(source)
-    loaded = AutoModelForCausalLM.from_pretrained(source.folder, dtype=check_dtype(dtype) or source.dtype).to(device).eval()
+    kind = check_dtype(dtype) or source.dtype
+    loaded: Any = AutoModelForCausalLM.from_pretrained(source.folder, dtype=kind)
+    loaded.to(device).eval()
     if chat:
         if not tokenizer.chat_template:
             raise ValueError(f"{model}: its tokenizer has no chat template; leave --chat out")
@@ -46,18 +48,22 @@ def generate(
         raise ValueError("the prompt is empty")
     torch.manual_seed(seed)
     started = time.monotonic()
-    sampling: dict[str, Any] = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+    sampling: dict[str, Any] = {"do_sample": False}
+    if temperature > 0:
+        sampling = {"do_sample": True, "temperature": temperature}
     streamer = None
     if not as_json:
         from transformers import TextStreamer
 
         streamer = TextStreamer(tokenizer, skip_prompt=False, skip_special_tokens=True)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    mask = torch.ones_like(ids)
     with torch.no_grad():
         whole = loaded.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, pad_token_id=pad, streamer=streamer, **sampling
+            ids, attention_mask=mask, max_new_tokens=max_new_tokens, pad_token_id=pad, streamer=streamer, **sampling
         )
     new = whole[0, ids.shape[1] :]
     seconds = time.monotonic() - started
     screen.line(f"\n{len(new)} tokens in {seconds:.1f} s")
-    screen.result({"prompt": prompt, "text": tokenizer.decode(new, skip_special_tokens=True), "tokens": len(new), "seconds": seconds})
+    written = tokenizer.decode(new, skip_special_tokens=True)
+    screen.result({"prompt": prompt, "text": written, "tokens": len(new), "seconds": seconds})

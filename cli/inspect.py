@@ -29,7 +29,8 @@ def inspect(
 ) -> None:
     """Show a model's blocks, heads, experts, and bytes by class."""
     from ..calibrate.stream import Stream
-    from ..formats.names import select
+    from ..compress.apply import assign
+    from ..compress.recipe import Recipe
     from ..formats.source import open_source
     from ..registry import listing
     from .base import bits_of
@@ -53,18 +54,25 @@ def inspect(
     screen.line()
     screen.table("", ["class", "weights", "bytes", "share"], rows)
     inside = sum(m.shape[0] * m.shape[1] for m in matrices)
-    screen.line(f"\n{percent(inside / stored['parameters'])} of the weights can be packed by {', '.join(listing('compress'))}")
-    selected = sorted(select(targets, {n: {n} for n in names}, "--targets")) if targets else []
+    methods = ", ".join(listing("compress"))
+    screen.line(f"\n{percent(inside / stored['parameters'])} of the weights can be packed by {methods}")
+    selected: list[str] = []
+    if targets:
+        preview = Recipe.from_dict({"steps": [{"method": "rtn", "targets": targets}]})
+        selected = sorted(assign(preview, stream), key=source.names().index)
+        screen.line(f"\n--targets selects {len(selected)} tensors:")
     for name in selected:
         screen.line(f"  {name}")
     if not source.quantized:
         screen.next(f"acc quantize {model} --bits 3")
-    screen.result({"facts": facts, "stored": stored, "classes": {k: v[1] for k, v in _classes(source).items()}, "selected": selected})
+    classes = {kind: {"weights": weights, "bytes": nbytes} for kind, (weights, nbytes) in _classes(source).items()}
+    screen.result({"facts": facts, "stored": stored, "classes": classes, "selected": selected})
 
 
 def _facts(source: Any, skeleton: Any) -> dict[str, Any]:
     config = skeleton.model.config.get_text_config(decoder=True)
-    experts = next((getattr(config, n) for n in ("num_experts", "num_local_experts", "n_routed_experts") if getattr(config, n, None)), 0)
+    named = [getattr(config, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts")]
+    experts = next((number for number in named if number), 0)
     facts = {
         "family": skeleton.family,
         "parameters": sum(math.prod(source.info(n).shape) for n in source.names()),
@@ -78,7 +86,8 @@ def _facts(source: Any, skeleton: Any) -> dict[str, Any]:
         "head tied": bool(skeleton.model.all_tied_weights_keys),
     }
     if experts:
-        facts |= {"experts": experts, "experts per token": getattr(config, "num_experts_per_tok", None)}
+        shared = getattr(config, "n_shared_experts", None) or int("shared experts" in _classes(source))
+        facts |= {"experts": experts, "experts per token": config.num_experts_per_tok, "shared experts": shared}
     return facts
 
 

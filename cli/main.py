@@ -8,6 +8,8 @@ import importlib
 import os
 import sys
 from pathlib import Path
+from types import TracebackType
+from typing import Any
 
 USAGE, ENVIRONMENT, MISSED = 2, 1, 3
 
@@ -48,15 +50,16 @@ def run(verb: str, arguments: list[str]) -> int:
 
     from .ui import Missed, quiet
 
-    wrong_usage = typer.BadParameter.__bases__[0]  # click's, which typer carries under a private name
+    wrong_usage: Any = typer.BadParameter.__bases__[0]  # click's, which typer carries under a private name
     debug = "--debug" in arguments
     arguments = [a for a in arguments if a != "--debug"]
+    if not debug:
+        sys.excepthook = _bug
     quiet()
     module = importlib.import_module(f".{verb}", __package__)
     app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
-    app.command(context_settings=getattr(module, "CONTEXT", {}) | {"help_option_names": ["-h", "--help"]})(
-        getattr(module, verb)
-    )
+    settings = {"help_option_names": ["-h", "--help"]}
+    app.command(cls=getattr(module, "COMMAND", None), context_settings=settings)(getattr(module, verb))
     command = typer.main.get_command(app)
     try:
         command.main(arguments, prog_name=f"acc {verb}", standalone_mode=False)
@@ -65,7 +68,7 @@ def run(verb: str, arguments: list[str]) -> int:
         if unknown is None:
             return _say(f"{' '.join(error.format_message().split())} (see acc {verb} --help)", USAGE)
         near = difflib.get_close_matches(unknown, _options(command), n=3)
-        hint = f"; did you mean {' or '.join(near)}?" if near else f"; see acc {verb} --help"
+        hint = f"; did you mean {' or '.join(near)}?" if near else f"; see acc {verb} --help and acc show METHOD"
         return _say(f"there is no option {unknown}{hint}", USAGE)
     except Missed as error:
         return _say(str(error), MISSED)
@@ -74,16 +77,32 @@ def run(verb: str, arguments: list[str]) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return ENVIRONMENT
-    except (ValueError, OSError, RuntimeError) as error:
+    except (ValueError, OSError, ImportError, MemoryError) as error:
         if debug:
             raise
-        text = " ".join(str(error).split()) or type(error).__name__
-        return _say(text, USAGE if isinstance(error, ValueError) else ENVIRONMENT)
+        return _say(_one_line(error), USAGE if isinstance(error, ValueError) else ENVIRONMENT)
+    except RuntimeError as error:  # torch's own for a full GPU; any other is a bug
+        if "out of memory" not in str(error):
+            raise
+        return _say(_one_line(error), ENVIRONMENT)
     return 0
 
 
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _bug(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """The last resort: what nobody foresaw, in one line."""
+    if issubclass(kind, KeyboardInterrupt):
+        _say("stopped", 130)
+    else:
+        _say(f"{kind.__name__}: {_one_line(error)[:300]}; this is a bug in acc, --debug shows where", ENVIRONMENT)
+
+
 def _options(command: object) -> list[str]:
-    return [name for parameter in getattr(command, "params", []) for name in parameter.opts]
+    own = [name for parameter in getattr(command, "params", []) for name in parameter.opts]
+    return [*own, *getattr(command, "method_options", ())]
 
 
 def _overview(known: dict[str, str]) -> None:
@@ -92,7 +111,8 @@ def _overview(known: dict[str, str]) -> None:
     for name, line in known.items():
         print(f"  {name:<10}{line}")
     print("\nMODEL is a hub id (org/name[@revision]), a local folder, a .gguf file, or `demo`, the small")
-    print("mixture-of-experts model that comes with acc. Every verb takes --json.")
+    print("mixture-of-experts model that comes with acc. Every verb takes --json;")
+    print("--debug shows where an error comes from.")
     print("Exit codes: 0 done, 1 the machine, 2 usage or input, 3 a bound was missed, 130 stopped.")
     print("\nFirst steps:  acc quantize demo --bits 3")
 

@@ -8,17 +8,16 @@ from typing import Annotated, Any
 
 import typer
 
-from .base import Device, Dtype, Json, Model, Seed, Spill
+from .base import Device, Dtype, Json, MethodCommand, Model, Seed, Spill
 
-# The chosen method's own fields are options too; they are read from what typer does not know.
-CONTEXT = {"allow_extra_args": True, "ignore_unknown_options": True}
+COMMAND = MethodCommand  # the chosen method's own fields are options too
 HUB_TEXT = "hf:allenai/c4:en:validation"
 
 
 def quantize(
     context: typer.Context,
     model: Model,
-    out: Annotated[Path | None, typer.Argument(help="folder to write; default: MODEL-acc-METHOD-IntBITS", show_default=False)] = None,
+    out: Annotated[Path | None, typer.Argument(help="folder to write; default: MODEL-acc-METHOD-IntBITS")] = None,
     bits: Annotated[int, typer.Option(help="bits per code, 2 to 8")] = 3,
     method: Annotated[str, typer.Option(help="see acc show")] = "spqr",
     data: Annotated[str | None, typer.Option(help="calibration text: file, folder, .jsonl, hf:NAME, or self")] = None,
@@ -48,12 +47,13 @@ def quantize(
     from .ui import Meter, Screen
 
     screen = Screen(as_json)
-    settings = method_options(method, context.args) | {"bits": bits}
+    settings = context.obj | {"bits": bits}
     needs = configure(method, settings).needs
-    check_device(device), check_dtype(dtype)
+    check_device(device)
+    check_dtype(dtype)
     source = open_source(model)
     if source.quantized:
-        raise ValueError(f"{model}: packed by acc already; name the dense model, or export this one with acc export --to dense")
+        raise ValueError(f"{model}: packed by acc already; name the dense model, or see acc export --to dense")
     if data is None and needs:
         data = "self" if source.kind == "demo" else HUB_TEXT
     recipe = Recipe.from_dict(
@@ -73,7 +73,7 @@ def quantize(
     if text is not None:
         show_text(screen, text)
         batches = list(text.batches.split(max(1, batch // recipe.calibration.seqlen)))
-    again = f"acc {' '.join(_command(context, model, folder))} --resume"
+    again = f"acc {_command(model, None if out else folder)} --resume"
     try:
         with Meter(screen) as meter:
             outcome = apply(
@@ -116,39 +116,13 @@ def _calibration(source: Any, data: str | None, nsamples: int | None, seqlen: in
     return {"data": data, "nsamples": nsamples or samples, "seqlen": seqlen or length}
 
 
-def method_options(method: str, arguments: list[str]) -> dict[str, Any]:
-    """`["--group-size", "32"]` -> `{"group_size": "32"}`, against the fields of the method.
-
-    Raises ValueError for an option that the method does not have, with the nearest ones."""
-    import difflib
-
-    from ..registry import lookup
-
-    fields = lookup("compress", method).model_fields
-    mine = ["--data", "--nsamples", "--seqlen", "--targets", "--ignore", "--seed", "--dtype", "--device", "--bits"]
-    mine += ["--method", "--batch", "--spill", "--resume", "--overwrite", "--json"]
-    options = {f"--{name.replace('_', '-')}": name for name in fields}
-    found: dict[str, Any] = {}
-    rest = [part for argument in arguments for part in (argument.split("=", 1) if argument.startswith("--") else [argument])]
-    while rest:
-        name = rest.pop(0)
-        if name not in options:
-            near = difflib.get_close_matches(name, [*options, *mine], n=3, cutoff=0.5)
-            hint = f"did you mean {' or '.join(near)}?" if near else f"acc show {method} lists its options"
-            raise ValueError(f"{method} has no option {name}; {hint}")
-        if not rest or rest[0] in options:
-            raise ValueError(f"{name} needs a value")
-        value = rest.pop(0)
-        found[options[name]] = None if value.lower() in ("none", "null") else value
-    return found
-
-
 def default_name(source: Any, method: str, bits: int) -> Path:
     """`Qwen/Qwen3-0.6B` -> `Qwen3-0.6B-acc-SpQR-Int3`."""
     from ..registry import lookup
 
-    plain = Path(source.spec.partition("@")[0]).name if source.kind == "hub" else Path(source.spec).stem
-    return Path(f"{plain or 'model'}-acc-{lookup('compress', method).__name__}-Int{bits}")
+    plain = {"hub": source.spec.partition("@")[0], "gguf": str(Path(source.spec).with_suffix("")), "demo": "demo"}
+    name = Path(plain.get(source.kind) or source.folder.resolve()).name
+    return Path(f"{name}-acc-{lookup('compress', method).__name__}-Int{bits}")
 
 
 def _text(recipe: Any, source: Any) -> Any:
@@ -170,18 +144,19 @@ def _text(recipe: Any, source: Any) -> Any:
 
 def _stable(record: dict[str, Any]) -> dict[str, Any]:
     """What a resumed run must agree on: the tokens, not where the file lay."""
-    return record | {"data": record["data"] if record["kind"] in ("self", "hub data set") else Path(record["data"]).name}
+    local = record["kind"] not in ("sampled from the model", "hub data set")
+    return record | {"data": Path(record["data"]).name if local else record["data"]}
 
 
-def _command(context: typer.Context, model: str, folder: Path) -> list[str]:
-    """The command as it was typed, with the output named."""
+def _command(model: str, folder: Path | None) -> str:
+    """The command as it was typed, with the output named where it was left to the default."""
     import shlex
     import sys
 
     words = [word for word in sys.argv[1:] if word not in ("--resume", "--overwrite")]
-    if str(folder) not in words and model in words:
+    if folder is not None and model in words:
         words.insert(words.index(model) + 1, str(folder))
-    return [shlex.quote(word) for word in words]
+    return shlex.join(words)
 
 
 def _evaluation(source: Any) -> str:
@@ -211,18 +186,19 @@ def _summary(screen: Any, source: Any, made: Any, outcome: Any) -> None:
     from .ui import clock, count, percent, shorten, size
 
     before, after = bits_of(source), bits_of(made)
+    of_packed = sum(source.info(name).nbytes for name in made.entries)
     nominal = _nominal(outcome.records)
-    rows = [
-        ["whole model", size(before["bytes"]), size(after["bytes"]), f"{before['bits']:.2f}", f"{after['bits']:.2f}", ""],
-        [
-            "packed part",
-            size(sum(source.info(name).nbytes for name in made.entries)),
-            size(after["packed_bytes"]),
-            f"{8 * sum(source.info(n).nbytes for n in made.entries) / after['packed_parameters']:.2f}",
-            f"{after['packed_bits']:.3f}",
-            f"{nominal:.3f}" if nominal is not None else "",
-        ],
-    ]
+    figures = {
+        "whole model": (before["bytes"], after["bytes"], before["bits"], after["bits"]),
+        "packed part": (
+            of_packed,
+            after["packed_bytes"],
+            8 * of_packed / after["packed_parameters"],
+            after["packed_bits"],
+        ),
+    }
+    rows = [[name, size(a), size(b), f"{c:.3f}", f"{d:.3f}", ""] for name, (a, b, c, d) in figures.items()]
+    rows[-1][-1] = f"{nominal:.3f}" if nominal is not None else ""
     screen.line()
     screen.table("", ["", "dense", "packed", "bits", "stored bits", "nominal"], rows)
     share = after["packed_parameters"] / after["parameters"]

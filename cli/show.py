@@ -13,7 +13,7 @@ FOLDERS = {"compress": "Methods", "formats": "Formats", "calibrate": "Statistics
 
 
 def show(
-    name: Annotated[str | None, typer.Argument(help="a method, format or statistic; without it, all are listed")] = None,
+    name: Annotated[str | None, typer.Argument(help="a method, format or statistic; default: list all")] = None,
     as_json: Json = False,
 ) -> None:
     """List what there is, or one entry's fields and source."""
@@ -35,7 +35,8 @@ def show(
         import difflib
 
         every = sorted({entry for entries in found.values() for entry in entries})
-        raise ValueError(f"there is no {name!r}; there is {', '.join(difflib.get_close_matches(name, every, n=3) or every)}")
+        near = difflib.get_close_matches(name, every, n=3) or every
+        raise ValueError(f"there is no {name!r}; there is {', '.join(near)}")
     screen.result({folder: _describe(screen, folder, name) for folder in homes})
 
 

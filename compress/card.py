@@ -30,7 +30,8 @@ def card(source: Source, recipe: Recipe, records: list[dict[str, Any]], text_rec
         "",
         f"# {base}, {step.method} at {stored:.2f} bits",
         "",
-        f"`{base}` compressed by acc {__version__}. {100 * weights / everything:.1f}% of its {everything:,} weights are packed.",
+        f"`{base}` compressed by acc {__version__}: "
+        f"{100 * weights / everything:.1f}% of its {everything:,} weights are packed.",
         "",
         "| | bits per weight |",
         "|---|---|",
@@ -48,7 +49,8 @@ def card(source: Source, recipe: Recipe, records: list[dict[str, Any]], text_rec
         'tokenizer = AutoTokenizer.from_pretrained("THIS_FOLDER")',
         "```",
         "",
-        "Without `import acc`, transformers refuses the files. `acc export THIS_FOLDER OUT --to dense` makes a plain checkpoint.",
+        "Without `import acc`, transformers refuses the files.",
+        "`acc export THIS_FOLDER OUT --to dense` makes a plain checkpoint.",
         "",
         "## How it was made",
         "",
@@ -76,7 +78,7 @@ def _front_matter(source: Source, base: str, recipe: Recipe) -> dict[str, Any]:
             except yaml.YAMLError:
                 loaded = None
             given = loaded if isinstance(loaded, dict) else {}
-    bits = {getattr(step.settings, "bits", None) for step in recipe.steps} - {None}
+    bits = {step.settings.model_dump().get("bits", 16) for step in recipe.steps} - {16}
     return {
         **({"base_model": base} if source.kind == "hub" else {}),
         "base_model_relation": "quantized",
@@ -92,7 +94,8 @@ def _text(record: dict[str, Any] | None) -> list[str]:
         return ["No calibration text was used.", ""]
     return [
         f"Calibrated on {record['tokens']:,} tokens of `{record['data']}` ({record['nsamples_used']} sequences of "
-        f"{record['seqlen']}, sha256 `{record['sha256'][:16]}`). {record['bos']}; chat template {record['chat_template']}.",
+        f"{record['seqlen']}, sha256 `{record['sha256'][:16]}`).",
+        f"{record['bos']}; chat template {record['chat_template']}.",
         "",
     ]
 
@@ -105,4 +108,5 @@ def _events(packed: list[dict[str, Any]]) -> list[str]:
             kinds[event["event"]] = kinds.get(event["event"], 0) + 1
     if not kinds:
         return []
-    return ["Events (each is named in `report.jsonl`):", "", *(f"- {kind}: {count}" for kind, count in sorted(kinds.items())), ""]
+    counted = [f"- {kind}: {count}" for kind, count in sorted(kinds.items())]
+    return ["Events (each is named in `report.jsonl`):", "", *counted, ""]

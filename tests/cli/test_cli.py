@@ -1,0 +1,202 @@
+"""The command line from outside: verbs on a tiny model with a tokenizer, and every kind of bad input in one line."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from acc.cli.main import run, verbs
+
+ACC = Path(sys.executable).with_name("acc")
+WORDS = "the quick brown fox jumps over the lazy dog while seven wizards boil green tea and count the stars "
+
+
+@pytest.fixture(scope="module")
+def model(checkpoint, tmp_path_factory):
+    """A tiny model with a byte-level tokenizer of 128 entries."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("cli") / "tiny"
+    shutil.copytree(checkpoint("llama"), folder)
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Metaspace()
+    trainer = trainers.BpeTrainer(vocab_size=128, special_tokens=["<pad>", "<s>", "</s>", "<unk>"], show_progress=False)
+    tokenizer.train_from_iterator([WORDS] * 4, trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+    fast.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(WORDS * 60)
+    return path
+
+
+@pytest.fixture(scope="module")
+def packed(model, text, tmp_path_factory):
+    out = tmp_path_factory.mktemp("out") / "packed"
+    words = [str(model), str(out), "--bits", "4", "--data", str(text), "--nsamples", "4", "--seqlen", "32"]
+    assert run("quantize", words) == 0
+    return out
+
+
+def call(capsys, *words) -> tuple[int, str, str]:
+    verb, *rest = map(str, words)
+    code = run(verb, rest)
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def one_line(capsys, code: int, *words) -> str:
+    """The verb fails with this code and one line on stderr, and prints no traceback."""
+    found, _, err = call(capsys, *words)
+    lines = [line for line in err.strip().splitlines() if not line.lstrip()[:4].rstrip("%").isdigit()]
+    assert found == code, err
+    assert len(lines) == 1, err
+    assert lines[0].startswith("acc: ")
+    return lines[0]
+
+
+def test_every_verb_has_help(capsys):
+    assert set(verbs()) == {"inspect", "quantize", "eval", "generate", "verify", "export", "show"}
+    for verb in verbs():
+        code, out, _ = call(capsys, verb, "--help")
+        assert code == 0
+        assert "--json" in out
+        assert all(len(line) <= 110 for line in out.splitlines())
+
+
+def test_quantize_eval_verify_generate_export(capsys, model, text, packed, tmp_path):
+    code, out, _ = call(capsys, "eval", packed, "--base", model, "--data", text, "--window", "64", "--windows", "3")
+    assert code == 0
+    assert "perplexity" in out
+    assert "Next: acc generate" in out
+    assert all(len(line) <= 100 for line in out.splitlines() if not line.startswith(("Text", "Next")))
+    assert call(capsys, "verify", packed)[0] == 0
+    code, out, _ = call(capsys, "generate", packed, "the quick", "--max-new-tokens", "3")
+    assert code == 0
+    assert "3 tokens" in out
+    assert call(capsys, "export", packed, tmp_path / "dense", "--to", "dense")[0] == 0
+    words = ["eval", tmp_path / "dense", "--base", packed, "--data", text, "--window", "64", "--windows", "2"]
+    code, out, _ = call(capsys, *words, "--json")
+    assert code == 0
+    assert json.loads(out)["kl"] == pytest.approx(0, abs=1e-9)
+
+
+def test_json_is_one_document(capsys, model, text, packed, tmp_path):
+    commands = [
+        ["inspect", model],
+        ["quantize", model, tmp_path / "o", "--method", "rtn", "--group-size", "32"],
+        ["eval", packed, "--data", text, "--window", "32", "--windows", "2"],
+        ["generate", packed, "the", "--max-new-tokens", "2"],
+        ["verify", packed],
+        ["show"],
+        ["show", "spqr"],
+    ]
+    for command in commands:
+        code, out, _ = call(capsys, *command, "--json")
+        assert code == 0
+        assert json.loads(out)
+
+
+def test_a_missed_bound_is_exit_code_3(capsys, model, text, packed):
+    words = ["eval", packed, "--base", model, "--data", text, "--window", "32", "--windows", "2"]
+    assert "above --max-kl" in one_line(capsys, 3, *words, "--max-kl", "1e-9")
+    assert "above --max-ppl-ratio" in one_line(capsys, 3, *words, "--max-ppl-ratio", "0.5")
+    assert call(capsys, *words, "--max-kl", "10", "--max-ppl-ratio", "10")[0] == 0
+    assert "--base" in one_line(capsys, 2, "eval", packed, "--data", text, "--max-kl", "1")
+
+
+def test_settings_of_the_method_are_options(capsys, model, tmp_path):
+    code, out, _ = call(capsys, "quantize", model, tmp_path / "a", "--method", "rtn", "--group-size=8", "--json")
+    assert code == 0
+    assert json.loads(out)["recipe"]["steps"][0]["group_size"] == 8
+    words = ["quantize", model, "--method", "rtn"]
+    assert "did you mean --group-size" in one_line(capsys, 2, *words, "--grup-size", "8")
+    assert "did you mean --nsamples" in one_line(capsys, 2, *words, "--nsmples", "8")
+    assert "group_size" in one_line(capsys, 2, *words, "--group-size", "x")
+    assert "needs a value" in one_line(capsys, 2, *words, "--group-size")
+    assert "needs a value" in one_line(capsys, 2, *words, "--group-size", "--symmetric", "true")
+    assert "no option --outlier-threshold" in one_line(capsys, 2, *words, "--outlier-threshold", "0.1")
+
+
+def test_an_option_of_the_method_is_never_taken_for_the_output(capsys, model, tmp_path, monkeypatch):
+    """Without OUT, the value of an option that only the method knows must not become the folder's name."""
+    monkeypatch.chdir(tmp_path)
+    code, out, _ = call(
+        capsys, "quantize", model, "--group-size", "-1", "--method=rtn", "--symmetric", "true", "--json"
+    )
+    assert code == 0
+    made = json.loads(out)
+    assert made["folder"] == "tiny-acc-Rtn-Int3"
+    assert made["recipe"]["steps"][0]["group_size"] == -1
+    assert made["recipe"]["steps"][0]["symmetric"] is True
+    assert [path.name for path in tmp_path.iterdir()] == ["tiny-acc-Rtn-Int3"]
+
+
+def test_bad_input_is_one_line(capsys, model, text, tmp_path):
+    out, short, empty = tmp_path / "out", tmp_path / "short.txt", tmp_path / "empty.txt"
+    short.write_text("too short")
+    empty.write_text("")
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "file").write_text("x")
+    quantize = ["quantize", model, out, "--data", text, "--nsamples", "2", "--seqlen", "32"]
+    cases = {
+        "less than or equal to 8": [*quantize, "--bits", "9"],
+        "matches no tensor; nearest": [*quantize, "--ignore", "dwon_proj"],
+        "there is no 'sqpr'": [*quantize, "--method", "sqpr"],
+        "not made by acc": ["quantize", model, tmp_path / "theirs", "--method", "rtn"],
+        "empty": ["quantize", model, out, "--data", empty, "--nsamples", "2", "--seqlen", "32"],
+        "tokens": ["quantize", model, out, "--data", short, "--nsamples", "2", "--seqlen", "32"],
+        "at most 256": ["eval", model, "--data", text, "--window", "4096"],
+        "dense": ["export", model, out, "--to", "gguf"],
+        "no manifest": ["verify", model],
+        "expected auto": ["eval", model, "--data", text, "--dtype", "int8"],
+    }
+    for expected, words in cases.items():
+        assert expected in one_line(capsys, 2, *words), words
+        assert not out.exists(), words
+    assert "not a folder here" in one_line(capsys, 1, "quantize", "nobody/nothing", out)
+
+
+def test_a_changed_byte_is_found(capsys, packed, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(packed, copy)
+    shard = sorted(copy.glob("*.safetensors"))[1]
+    raw = bytearray(shard.read_bytes())
+    raw[-3] ^= 64
+    shard.write_bytes(raw)
+    assert "files" in one_line(capsys, 3, "verify", copy)
+
+
+def test_ctrl_c_keeps_what_is_done_and_says_how_to_go_on(model, text, tmp_path):
+    """SIGINT in the middle of a real run; the command that it prints finishes the job."""
+    words = [str(ACC), "quantize", str(model), str(tmp_path / "out"), "--data", str(text), "--nsamples", "64"]
+    words += ["--seqlen", "256", "--batch", "256"]
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    journal = tmp_path / "out.partial" / "journal.jsonl"
+    for _ in range(600):
+        if (journal.exists() and journal.read_text().count("\n") > 1) or process.poll() is not None:
+            break
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    if process.returncode == 0:
+        pytest.skip("the run was over before it could be stopped")
+    assert process.returncode == 130, err
+    assert "Traceback" not in err
+    again = next(line.strip() for line in err.splitlines() if line.strip().startswith("acc quantize"))
+    assert again.endswith("--resume")
+    done = subprocess.run([str(ACC), *again.split()[1:]], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out" / "config.json").exists()
