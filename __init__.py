@@ -1,6 +1,7 @@
 """acc: calibrate and compress language models, offline, and say what it cost.
 
-`import acc` costs nothing: neither torch nor transformers is loaded. It only makes sure that, once transformers is there,
+`import acc` costs nothing: neither torch nor transformers is loaded. It only makes sure that, once transformers is
+there,
 its `from_pretrained` recognises checkpoints that acc wrote.
 """
 

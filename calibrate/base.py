@@ -32,7 +32,8 @@ class Statistic(ABC):
         """The statistic itself."""
 
     def towards(self, others: Sequence[Statistic]) -> Statistic:
-        """This statistic, supported by its siblings' when it has seen too few tokens; itself when it has seen enough."""
+        """This statistic, supported by its siblings' when it has seen too few tokens; itself when it has seen
+        enough."""
         return self
 
     def error(self, delta: Tensor) -> float:

@@ -32,7 +32,8 @@ class Stream:
             ...
 
     A block runs its batches when somebody asks for what only running tells: once when observed, once more when its
-    weights were replaced, never twice for nothing. Peak memory is one block, its statistics and the hidden states, which
+    weights were replaced, never twice for nothing. Peak memory is one block, its statistics and the hidden states,
+    which
     `spill` moves to files in that folder.
     """
 

@@ -62,7 +62,10 @@ def run(verb: str, arguments: list[str]) -> int:
     app.command(cls=getattr(module, "COMMAND", None), context_settings=settings)(getattr(module, verb))
     command = typer.main.get_command(app)
     try:
-        command.main(arguments, prog_name=f"acc {verb}", standalone_mode=False)
+        with command.make_context(f"acc {verb}", arguments) as context:  # not `main`, which swallows Ctrl-C
+            command.invoke(context)
+    except typer.Exit as done:
+        return done.exit_code
     except wrong_usage as error:
         unknown = getattr(error, "option_name", None)
         if unknown is None:

@@ -26,7 +26,7 @@ def show(
         for folder, title in FOLDERS.items():
             screen.line(f"{title}")
             for entry, line in found[folder].items():
-                screen.line(f"  {entry:<10}{line}")
+                screen.field(f"  {entry}", line)
         screen.next("acc show spqr")
         screen.result(found)
         return
@@ -37,7 +37,10 @@ def show(
         every = sorted({entry for entries in found.values() for entry in entries})
         near = difflib.get_close_matches(name, every, n=3) or every
         raise ValueError(f"there is no {name!r}; there is {', '.join(near)}")
-    screen.result({folder: _describe(screen, folder, name) for folder in homes})
+    described = {folder: _describe(screen, folder, name) for folder in homes}
+    if "compress" in homes:
+        screen.next(f"acc quantize MODEL --method {name}")
+    screen.result(described)
 
 
 def _describe(screen: Any, folder: str, name: str) -> dict[str, Any]:
@@ -45,7 +48,9 @@ def _describe(screen: Any, folder: str, name: str) -> dict[str, Any]:
 
     cls = lookup(folder, name)
     text = inspect.getdoc(cls) or ""
-    screen.line(f"{FOLDERS[folder][:-1]} {name}\n\n{text}\n")
+    screen.line(f"{FOLDERS[folder][:-1]} {name}\n")
+    screen.prose(text)
+    screen.line()
     if folder != "compress":
         return {"text": text}
     rows, fields = [], {}
@@ -57,9 +62,8 @@ def _describe(screen: Any, folder: str, name: str) -> dict[str, Any]:
     screen.table("", ["option", "default", "allowed"], rows)
     screen.line()
     for field, info in fields.items():
-        screen.line(f"  {field}: {info['help']}")
+        screen.prose(f"{field}: {info['help']}")
     screen.line(f"\nNeeds {', '.join(cls.needs) or 'no statistics'}; writes format {cls.format}")
-    screen.next(f"acc quantize MODEL --method {name}")
     return {"text": text, "fields": fields, "needs": cls.needs, "format": cls.format}
 
 

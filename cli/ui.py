@@ -52,6 +52,12 @@ class Screen:
         """A label and what it says, wrapped beside it."""
         self.line(textwrap.fill(text, WIDTH, initial_indent=f"{label:<10}", subsequent_indent=" " * 10))
 
+    def prose(self, text: str) -> None:
+        """Paragraphs, wrapped anew; one that is indented somewhere stays as it is."""
+        parts = text.split("\n\n")
+        kept = [any(line.startswith(" ") for line in part.splitlines()) for part in parts]
+        self.line("\n\n".join(p if keep else textwrap.fill(p, WIDTH) for p, keep in zip(parts, kept)))
+
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
         """The first column is text and may be cut, the others are figures."""
         table = Table(title=title or None, title_justify="left", box=None, pad_edge=False, header_style="bold")

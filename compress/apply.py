@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,8 +31,10 @@ Report = Callable[[float, str], None]  # told the fraction done and what is bein
 
 # Statistics of one pass are kept below this; experts beyond it wait for another pass over the same block.
 STATISTICS_BYTES = 8 << 30
-# Solving for one weight takes about as long as passing so many tokens through it. Only the estimate of time depends on it.
+# Solving for one weight takes about as long as passing so many tokens through it. Only the estimate of time depends
+# on it.
 SOLVE = 8000.0
+SMALL = 8 << 20  # weights of a matrix that one core solves
 
 
 @dataclass(frozen=True)
@@ -179,10 +182,24 @@ def _solve(block: Block, group: list[Matrix], chosen: dict[str, Step], statistic
             prepared[key] = (ready, said, time.monotonic() - started)
         ready, said, _ = prepared[key]
         weight = block.weight(matrix).float()
-        packed = step.settings.compress(weight, ready, _event(events))
+        with _threads(weight.numel()):
+            packed = step.settings.compress(weight, ready, _event(events))
         if last_use[key] == position:
             del prepared[key]
         yield packed, _record(matrix, step, weight, packed, own, [*said, *events], time.monotonic() - started)
+
+
+@contextlib.contextmanager
+def _threads(weights: int) -> Iterator[None]:
+    """One thread for small matrices: a column is too little work to share, and on a busy machine each of the
+    thousands of
+    barriers waits for a core (measured on 1536 x 576, two cores: 0.3 s alone, 17 s and more together)."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1 if weights < SMALL else before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _shared(matrix: Matrix, chosen: dict[str, Step], statistics: Statistics | None) -> tuple:
@@ -200,7 +217,9 @@ def _supported(
     supported = {name: s.towards([sibling[name] for sibling in siblings]) for name, s in own.items()}
     for name, statistic in own.items():
         if supported[name] is not statistic:
-            said.append({"event": "few_tokens", "statistic": name, "tokens": statistic.tokens, "features": matrix.shape[1]})
+            said.append(
+                {"event": "few_tokens", "statistic": name, "tokens": statistic.tokens, "features": matrix.shape[1]}
+            )
     return supported
 
 
@@ -220,7 +239,8 @@ def _record(
     events: list[Record],
     seconds: float,
 ) -> Record:
-    """A matrix' line of the report. Its error is relative: of the output where the input is known, else of the weight."""
+    """A matrix' line of the report. Its error is relative: of the output where the input is known, else of the
+    weight."""
     delta = packed.dequantize() - weight
     if not torch.isfinite(delta).all():
         raise ValueError(f"{matrix.name}: {step.method} gave values that are not finite; try a larger damp_percent")
@@ -293,7 +313,8 @@ def _reload(block: Block, store: Store) -> dict[str, tuple[Entry, list[PackedWei
 
 
 class _Written:
-    """The finished model as it lies in the shards, before its folder is published: what a `Stream` needs of a source."""
+    """The finished model as it lies in the shards, before its folder is published: what a `Stream` needs of a
+    source."""
 
     def __init__(self, source: Source, store: Store, entries: dict[str, Entry]):
         self.spec, self.folder, self.dtype = source.spec, source.folder, source.dtype

@@ -23,7 +23,8 @@ class Method(BaseModel):
     format: ClassVar[str]  # the file of `formats/` that `compress` returns
 
     def prepare(self, statistics: dict[str, Statistic], event: Event) -> Any:
-        """What matrices that share one input share, e.g. a factor of the inverse Hessian; computed once for all of them."""
+        """What matrices that share one input share, e.g. a factor of the inverse Hessian; computed once for all of
+        them."""
         return None
 
     def compress(self, weight: Tensor, prepared: Any, event: Event) -> PackedWeight:

@@ -60,8 +60,10 @@ class Recipe(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     version: int = Field(1, ge=1, le=1)
-    dtype: str = Field("auto", pattern="^(auto|float32|bfloat16|float16)$", description="type that the blocks are run in")
-    calibration: Calibration = Calibration()
+    dtype: str = Field(
+        "auto", pattern="^(auto|float32|bfloat16|float16)$", description="type that the blocks are run in"
+    )
+    calibration: Calibration = Field(default_factory=lambda: Calibration.model_validate({}))
     steps: tuple[Step, ...] = Field(min_length=1)
 
     @classmethod

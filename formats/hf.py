@@ -1,7 +1,9 @@
 """The plug-in by which stock transformers loads and saves acc's checkpoints.
 
-Packed tensors keep their names on disk. In the model they lie as buffers under the very same names, so transformers loads
-and saves them without conversion; the conversions that would fuse dense experts are taken out for packed ones. Whatever is
+Packed tensors keep their names on disk. In the model they lie as buffers under the very same names, so transformers
+loads
+and saves them without conversion; the conversions that would fuse dense experts are taken out for packed ones.
+Whatever is
 missing or unexpected in the files raises before a weight is read.
 """
 
@@ -23,6 +25,7 @@ from .safefile import DTYPES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
 
 @register_quantization_config("acc")
 class AccConfig(QuantizationConfigMixin):
@@ -105,7 +108,7 @@ class PackedPiece(Packed):
             self.register_buffer("weight", weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.parts()[0].matmul(x) if self._specs else nn.functional.linear(x, self.weight)
+        return self.parts()[0].matmul(x) if self._specs else nn.functional.linear(x, self.get_buffer("weight"))
 
 
 class PackedExperts(Packed):
@@ -149,7 +152,9 @@ class AccQuantizer(HfQuantizer):
 
     def __init__(self, quantization_config: AccConfig, **kwargs: Any):
         super().__init__(quantization_config, **kwargs)
-        self._fused: dict[str, set[str]] = {}  # conversion's first source pattern -> experts modules it must leave alone
+        self._fused: dict[
+            str, set[str]
+        ] = {}  # conversion's first source pattern -> experts modules it must leave alone
 
     def is_serializable(self) -> bool:
         return True
@@ -159,7 +164,8 @@ class AccQuantizer(HfQuantizer):
         return False
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
-        """Replaces the modules of packed weights. Raises ValueError when the files do not hold exactly what they should."""
+        """Replaces the modules of packed weights. Raises ValueError when the files do not hold exactly what they
+        should."""
         from .model import Resolved
 
         header = _headers(kwargs["checkpoint_files"])
@@ -174,12 +180,16 @@ class AccQuantizer(HfQuantizer):
         extra = {name + s for name, tensors in companions.items() for s in tensors if s}
         resolved = Resolved(header.keys() - extra, model)
         if resolved.missing:
-            raise ValueError(f"this checkpoint is incomplete: no tensor for {resolved.missing[0]} ({len(resolved.missing)} in all)")
+            raise ValueError(
+                f"this checkpoint is incomplete: no tensor for {resolved.missing[0]} ({len(resolved.missing)} in all)"
+            )
         for name, tensors in companions.items():
             if name in resolved.targets:
                 self._replace(model, name, resolved, self._entries[name], tensors, header)
 
-    def _replace(self, model: Any, name: str, resolved: Any, spec: Entry, tensors: dict[str, Tensor], header: dict) -> None:
+    def _replace(
+        self, model: Any, name: str, resolved: Any, spec: Entry, tensors: dict[str, Tensor], header: dict
+    ) -> None:
         target = resolved.targets[name]
         path, _, leaf = target.parameter.rpartition(".")
         module = model.get_submodule(path)
@@ -226,7 +236,7 @@ def _headers(files: list[str]) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     for path in files:
         with safe_open(path, framework="pt") as file:
-            for name in file.keys():
+            for name in file.keys():  # noqa: SIM118 - no mapping
                 part = file.get_slice(name)
                 found[name] = torch.empty(part.get_shape(), dtype=DTYPES[part.get_dtype()], device="meta")
     return found

@@ -1,7 +1,8 @@
 """The model as a skeleton without weights: its blocks, what is stored for each, and the four seams to look through.
 
 Besides `hf.py` this is the only file that knows transformers' internals. No class is ever patched: blocks are loaded by
-transformers' own weight conversion, and everything that is watched is watched through hooks and registered functions that
+transformers' own weight conversion, and everything that is watched is watched through hooks and registered functions
+that
 are taken off again.
 """
 
@@ -17,6 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     WeightConverter,
     WeightRenaming,
@@ -24,7 +26,6 @@ from transformers.core_model_loading import (
     dot_natural_key,
     rename_source_key,
 )
-from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.integrations.moe import ExpertsInterface
 from transformers.masking_utils import AttentionMaskInterface, eager_mask, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface, LoadStateDictConfig
@@ -65,7 +66,7 @@ class Resolved:
 
     def __init__(self, names: Iterable[str], model: Any):
         state = model.state_dict()
-        self.conversions = get_model_conversion_mapping(model)
+        self.conversions: list[Any] = get_model_conversion_mapping(model)
         self._renamings = [c for c in self.conversions if isinstance(c, WeightRenaming)]
         self._converters = [c for c in self.conversions if isinstance(c, WeightConverter)]
         self._prefix, self._state = model.base_model_prefix, state
@@ -148,8 +149,7 @@ class Skeleton:
         self.dtype = dtype
         self.shapes = dict(shapes)
         config = AutoConfig.from_pretrained(folder)
-        if hasattr(config, "quantization_config"):
-            del config.quantization_config
+        config.__dict__.pop("quantization_config", None)
         self.family = config.model_type
         try:
             with torch.device("meta"):
@@ -228,7 +228,9 @@ class Skeleton:
             if bars:
                 transformers_logging.enable_progress_bar()
         if info.mismatched_keys or info.conversion_errors or info.unexpected_keys:
-            what = sorted(map(str, info.mismatched_keys)) or sorted(info.conversion_errors) or sorted(info.unexpected_keys)
+            what = (
+                sorted(map(str, info.mismatched_keys)) or sorted(info.conversion_errors) or sorted(info.unexpected_keys)
+            )
             raise ValueError(f"the checkpoint does not fit a {self.family} model: {what[0]}")
 
     def load_block(self, index: int, tensors: Mapping[str, Tensor]) -> nn.Module:
@@ -244,7 +246,9 @@ class Skeleton:
         """Everything but the blocks (embeddings, final norm, head) is in memory inside the context."""
         outside = [m for n, m in self.model.named_modules() if not f"{n}.".startswith(f"{self.prefix}.")]
         self.load(tensors)
-        self.model.tie_weights(missing_keys=set(self.model.all_tied_weights_keys) - {t.parameter for t in self.targets.values()})
+        self.model.tie_weights(
+            missing_keys=set(self.model.all_tied_weights_keys) - {t.parameter for t in self.targets.values()}
+        )
         for module in outside:
             self._fill_buffers(module, recurse=False)
         try:
@@ -258,18 +262,22 @@ class Skeleton:
     def _fill_buffers(self, root: nn.Module, recurse: bool = True) -> None:
         """Computes the buffers that no file stores (rotary frequencies, embedding scales), as transformers would."""
         for module in root.modules() if recurse else [root]:
-            empty = [n for n, b in module.named_buffers(recurse=False) if b.is_meta and n in module._non_persistent_buffers_set]
+            empty = [
+                n
+                for n, b in module.named_buffers(recurse=False)
+                if b.is_meta and n in module._non_persistent_buffers_set
+            ]
             if not empty:
                 continue
             for name in empty:
-                blank = torch.zeros_like(module._buffers[name], device=self.device)
+                blank = torch.zeros_like(module.get_buffer(name), device=self.device)
                 module._buffers[name] = blank.fill_(torch.nan) if blank.is_floating_point() else blank
             self._owner(module)._init_weights(module)
             for name in empty:
-                value = module._buffers[name]
+                value = module.get_buffer(name)
                 if value.is_floating_point() and value.isnan().any():
                     raise ValueError(
-                        f"{self.family} models are not supported: transformers gives no way to rebuild the buffer {name!r}"
+                        f"{self.family} models are not supported: there is no way to rebuild the buffer {name!r}"
                         f" of {type(module).__name__}"
                     )
 
@@ -316,7 +324,7 @@ class Skeleton:
             target = self.targets[name]
             path, _, leaf = target.parameter.rpartition(".")
             if leaf == "weight" and isinstance(head, nn.Linear) and self.model.get_submodule(path) is head:
-                found.append(Matrix(name, None, path, None, "linear", self.shapes[name]))
+                found.append(Matrix(name, None, path, None, "linear", (head.out_features, head.in_features)))
         return found
 
     # The block seam
@@ -334,7 +342,7 @@ class Skeleton:
         def record(index: int, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             if index != len(calls) or (first and hidden is not first[0]):
                 raise ValueError(
-                    f"{self.family} models are not supported: they change hidden states between blocks {index - 1} and {index}"
+                    f"{self.family} models are not supported: they change hidden states before block {index}"
                 )
             first.append(hidden)
             calls.append((args, {k: v for k, v in kwargs.items() if v is not None}))
@@ -345,7 +353,9 @@ class Skeleton:
         with self._forwards(record), contextlib.suppress(_Stop):
             self._call(ids, mask)
         if len(calls) != len(self.layers):
-            raise ValueError(f"{self.family} models are not supported: only {len(calls)} of {len(self.layers)} blocks are run")
+            raise ValueError(
+                f"{self.family} models are not supported: only {len(calls)} of {len(self.layers)} blocks are run"
+            )
         return first[0], calls
 
     def logits(self, ids: Tensor, hidden: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -375,7 +385,9 @@ class Skeleton:
     # The linear, experts and attention seams
 
     @contextlib.contextmanager
-    def observe_linears(self, root: nn.Module, paths: list[str], see: Callable[[str, Tensor], None]) -> Iterator[dict[str, str]]:
+    def observe_linears(
+        self, root: nn.Module, paths: list[str], see: Callable[[str, Tensor], None]
+    ) -> Iterator[dict[str, str]]:
         """Calls `see(leader, x)` with each distinct input of the named linears whenever `root`, which holds them, runs.
 
         Yields `{path: leader}`: linears that were handed the same tensor share the statistic of the first of them.
@@ -387,7 +399,9 @@ class Skeleton:
             x = args[0]
             leader, _ = seen.setdefault(id(x), (path, x))
             if leaders.setdefault(path, leader) != leader:
-                raise ValueError(f"{path} shares its input with {leader} in one batch and with {leaders[path]} in another")
+                raise ValueError(
+                    f"{path} shares its input with {leader} in one batch and with {leaders[path]} in another"
+                )
             if leader == path:
                 see(path, x)
 
@@ -434,7 +448,7 @@ class Skeleton:
             self.model.set_attn_implementation(base)
 
 
-class _Stop(Exception):  # noqa: N818
+class _Stop(Exception):
     """Ends a forward whose only purpose was to see what the blocks are given."""
 
 
@@ -450,12 +464,17 @@ _ATTENTION_OBSERVERS: list[Callable[..., None]] = []
 
 
 def run_experts(
-    module: Any, project: Callable[[str, int, Tensor], Tensor], hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+    module: Any,
+    project: Callable[[str, int, Tensor], Tensor],
+    hidden_states: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
 ) -> Tensor:
     """Runs experts one by one: `hidden_states [T, H]`, `top_k_index, top_k_weights [T, k]` -> `[T, H]`.
 
     `project(leaf, expert, x)` multiplies by one expert's matrix and adds its bias; gate, activation and norm are the
-    module's own. The same products in the same order as transformers' own loop, with observers told what each expert sees.
+    module's own. The same products in the same order as transformers' own loop, with observers told what each expert
+    sees.
     An index equal to the number of experts marks a slot without expert and is skipped.
     """
     result = torch.zeros_like(hidden_states)

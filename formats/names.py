@@ -37,7 +37,9 @@ def select(patterns: Iterable[str], spellings: Mapping[str, Iterable[str]], what
     for pattern in patterns:
         found = {name for name, spelled in spellings.items() if matches(pattern, spelled)}
         if not found:
-            raise ValueError(f"{what} {pattern!r} matches no tensor; nearest: {', '.join(_nearest(pattern, spellings))}")
+            raise ValueError(
+                f"{what} {pattern!r} matches no tensor; nearest: {', '.join(_nearest(pattern, spellings))}"
+            )
         chosen |= found
     return chosen
 

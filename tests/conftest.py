@@ -11,6 +11,8 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+torch.set_num_threads(1)  # tiny models: a second thread only waits
+
 COMMON = {
     "vocab_size": 128,
     "hidden_size": 64,
@@ -28,7 +30,11 @@ FAMILIES: dict[str, dict] = {
     "llama": {"tie_word_embeddings": True},
     "qwen2": {"use_sliding_window": False},
     "qwen3": {"head_dim": 16},
-    "gemma3_text": {"head_dim": 16, "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
+    "gemma3_text": {
+        "head_dim": 16,
+        "sliding_window": 8,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    },
     "phi3": {"sliding_window": None},
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None},
     "qwen3_moe": MOE | {"head_dim": 16, "mlp_only_layers": [1], "decoder_sparse_step": 1},
@@ -48,7 +54,13 @@ FAMILIES: dict[str, dict] = {
         "qk_rope_head_dim": 8,
         "v_head_dim": 16,
     },
-    "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 16, "sliding_window": 8, "intermediate_size": 32},
+    "gpt_oss": {
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "head_dim": 16,
+        "sliding_window": 8,
+        "intermediate_size": 32,
+    },
 }
 
 

@@ -3,7 +3,8 @@
     python tests/bench/quality.py MODEL --data CALIBRATION.txt --eval TEXT.txt --out tests/bench/results/NAME.json
 
 Each row is made by `acc quantize` in a process of its own (so that time and peak memory are its own) and scored by
-`acc eval` against the dense model. Only the decoder's linear layers are quantised. Rows that are in the output file with
+`acc eval` against the dense model. Only the decoder's linear layers are quantised. Rows that are in the output file
+with
 the same settings are not made again.
 """
 
@@ -27,13 +28,13 @@ ACC = Path(sys.executable).with_name("acc")
 # The settings of the SpQR authors' run: groups of 16, 3-bit statistics, threshold 0.2, damping 1, activation order.
 AUTHORS = ["--group-size", "16", "--outlier-threshold", "0.2", "--damp-percent", "1.0"]
 ROWS = {
-    f"{method} {bits}{label}": [method, bits, *options]
-    for bits in ("3", "2", "4")
-    for method, label, options in (
-        ("spqr", "", AUTHORS),
-        ("rtn", " g16", ["--group-size", "16"]),
-        ("rtn", " g32", ["--group-size", "32"]),
-    )
+    "spqr 3": ["spqr", "3", *AUTHORS],
+    "rtn 3": ["rtn", "3", "--group-size", "16"],
+    "spqr 3 damp 0.1": ["spqr", "3", *AUTHORS, "--damp-percent", "0.1"],
+    "spqr 2": ["spqr", "2", *AUTHORS],
+    "rtn 2": ["rtn", "2", "--group-size", "16"],
+    "spqr 4": ["spqr", "4", *AUTHORS],
+    "rtn 4": ["rtn", "4", "--group-size", "16"],
 }
 
 

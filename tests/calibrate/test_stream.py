@@ -32,7 +32,8 @@ def ordinary(folder, **options):
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
 def test_streamed_forward_is_the_ordinary_forward(checkpoint, family):
-    """Exactly, with transformers' loop over experts. Its default for experts, one grouped product, sums in another order:
+    """Exactly, with transformers' loop over experts. Its default for experts, one grouped product, sums in another
+    order:
     there the bound is 1e-6 of the logits' scale, times the few roundings that three blocks add up."""
     folder = checkpoint(family)
     batches = [ids(), ids(1, 40, seed=1)]
@@ -80,7 +81,8 @@ def test_replaced_weights_are_what_later_blocks_see(checkpoint):
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
 def test_hessians_are_those_of_plain_hooks(checkpoint, family):
-    """Every linear and every expert: token counts, and the matrix against float64 sums of what a hook on the whole model
+    """Every linear and every expert: token counts, and the matrix against float64 sums of what a hook on the whole
+    model
     collects; matrices with one input share one statistic."""
     folder = checkpoint(family)
     batches = [ids(), ids(seed=5)]
@@ -117,7 +119,9 @@ def test_hessians_are_those_of_plain_hooks(checkpoint, family):
 
 def _input_of(block, matrix):
     return next(
-        m for m in block.matrices if m.module == matrix.module and m.expert == matrix.expert and m.role == "expert_input"
+        m
+        for m in block.matrices
+        if m.module == matrix.module and m.expert == matrix.expert and m.role == "expert_input"
     )
 
 
@@ -141,7 +145,11 @@ def test_attention_seam_sees_queries_and_changes_nothing(checkpoint):
         source = open_source(str(checkpoint(family)))
         plain = streamed(checkpoint(family), [ids()])
         stream, shapes = Stream(source), []
-        with stream.skeleton.observe_attention(lambda m, q, k, v, mask, **kw: shapes.append((q.shape, k.shape))):
+
+        def see(module, q, k, v, mask, shapes=shapes, **options):
+            shapes.append((q.shape, k.shape))
+
+        with stream.skeleton.observe_attention(see):
             for _ in stream.blocks([ids()]):
                 pass
             logits = list(stream.logits())
@@ -176,7 +184,7 @@ def test_blocks_run_no_more_than_needed(checkpoint):
 
 
 def test_refused_by_name(tmp_path):
-    from transformers import AutoConfig, AutoModelForSeq2SeqLM, Llama4TextConfig, Llama4ForCausalLM
+    from transformers import AutoConfig, AutoModelForSeq2SeqLM, Llama4ForCausalLM, Llama4TextConfig
 
     config = AutoConfig.for_model("t5", d_model=32, d_ff=32, num_layers=1, num_heads=2, d_kv=16, vocab_size=64)
     AutoModelForSeq2SeqLM.from_config(config).save_pretrained(tmp_path / "t5")
@@ -187,5 +195,5 @@ def test_refused_by_name(tmp_path):
         num_key_value_heads=2, num_local_experts=2, vocab_size=64, head_dim=16, max_position_embeddings=64,
     )  # fmt: skip
     Llama4ForCausalLM(config).save_pretrained(tmp_path / "llama4")
-    with pytest.raises(ValueError, match="llama4.* models are not supported: .*experts"):
+    with pytest.raises(ValueError, match=r"llama4.* models are not supported: .*experts"):
         Stream(open_source(str(tmp_path / "llama4")))

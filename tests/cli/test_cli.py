@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -179,24 +178,93 @@ def test_a_changed_byte_is_found(capsys, packed, tmp_path):
     assert "files" in one_line(capsys, 3, "verify", copy)
 
 
+STOPPED = """
+import os, signal, sys
+from acc.cli.main import main
+from acc.formats.store import Store
+
+write = Store.write
+
+def stop(self, unit, *rest):
+    write(self, unit, *rest)
+    if unit == "block 1":
+        os.kill(os.getpid(), signal.SIGINT)
+
+Store.write = stop
+sys.argv = ["acc", *sys.argv[1:]]
+main()
+"""
+
+
 def test_ctrl_c_keeps_what_is_done_and_says_how_to_go_on(model, text, tmp_path):
-    """SIGINT in the middle of a real run; the command that it prints finishes the job."""
-    words = [str(ACC), "quantize", str(model), str(tmp_path / "out"), "--data", str(text), "--nsamples", "64"]
-    words += ["--seqlen", "256", "--batch", "256"]
-    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    journal = tmp_path / "out.partial" / "journal.jsonl"
-    for _ in range(600):
-        if (journal.exists() and journal.read_text().count("\n") > 1) or process.poll() is not None:
-            break
-        time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
-    if process.returncode == 0:
-        pytest.skip("the run was over before it could be stopped")
-    assert process.returncode == 130, err
-    assert "Traceback" not in err
-    again = next(line.strip() for line in err.splitlines() if line.strip().startswith("acc quantize"))
-    assert again.endswith("--resume")
-    done = subprocess.run([str(ACC), *again.split()[1:]], capture_output=True, text=True)
+    """SIGINT once two blocks are written; the command that acc prints ends with the bytes of an undisturbed run."""
+    words = ["quantize", str(model), "--data", str(text), "--nsamples", "4", "--seqlen", "32", "--group-size", "32"]
+    words += ["--outlier-threshold", "0.5", "--bits", "4"]
+    stopped = subprocess.run([sys.executable, "-c", STOPPED, *words], capture_output=True, text=True, cwd=tmp_path)
+    assert stopped.returncode == 130, stopped.stderr
+    assert "Traceback" not in stopped.stderr
+    assert not (tmp_path / "tiny-acc-SpQR-Int4").exists()
+    again = stopped.stderr.strip().splitlines()[-1].split()
+    assert again[:2] == ["acc", "quantize"]
+    assert again[-1] == "--resume"
+    done = subprocess.run([str(ACC), *again[1:]], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / "out" / "config.json").exists()
+    whole = subprocess.run([str(ACC), *words[:2], "whole", *words[2:]], capture_output=True, text=True, cwd=tmp_path)
+    assert whole.returncode == 0, whole.stderr
+    ours, theirs = ((tmp_path / name / "manifest.json").read_bytes() for name in ("tiny-acc-SpQR-Int4", "whole"))
+    assert ours == theirs
+
+
+def test_a_full_disk_is_one_line_and_exit_code_1(capsys, model, tmp_path, monkeypatch):
+    import acc.formats.store as store
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(store, "save_file", full)
+    line = one_line(capsys, 1, "quantize", model, tmp_path / "out", "--method", "rtn")
+    assert "disk full" in line
+    assert "--resume" in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_bug_is_one_line_without_a_traceback(tmp_path):
+    script = (
+        "import sys, acc.cli.show, acc.cli.main as m\nacc.cli.show.FOLDERS = None\nsys.argv = ['acc', 'show']\nm.main()"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 1
+    assert done.stderr.startswith("acc: TypeError")
+    assert "this is a bug in acc" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_export_replaces_only_a_models_folder(capsys, packed, tmp_path):
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "thesis.txt").write_text("x")
+    assert "exists" in one_line(capsys, 2, "export", packed, mine, "--to", "dense")
+    assert "no model's folder" in one_line(capsys, 2, "export", packed, mine, "--to", "dense", "--overwrite")
+    assert (mine / "thesis.txt").exists()
+    assert "beside" in one_line(capsys, 2, "export", packed, packed, "--to", "dense", "--overwrite")
+    assert "beside" in one_line(capsys, 2, "export", packed, packed / "in", "--to", "dense")
+    for _ in range(2):
+        assert call(capsys, "export", packed, tmp_path / "dense", "--to", "dense", "--overwrite")[0] == 0
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_what_is_printed_fits_80_columns(capsys, model, text, packed, tmp_path):
+    commands = [
+        ["inspect", model, "--targets", "*.down_proj"],
+        ["quantize", model, tmp_path / "o", "--data", text, "--nsamples", "2", "--seqlen", "32"],
+        ["eval", packed, "--base", model, "--data", text, "--window", "32", "--windows", "2"],
+        ["verify", packed],
+        ["show"],
+        ["show", "spqr"],
+    ]
+    for command in commands:
+        code, out, err = call(capsys, *command)
+        assert code == 0, err
+        paths = [str(model), str(packed), str(text), str(tmp_path)]  # their length is not ours
+        long = [line for line in out.splitlines() if len(line) > 80 and not any(path in line for path in paths)]
+        assert not long, command

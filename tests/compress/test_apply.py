@@ -1,4 +1,5 @@
-"""The loop: nothing is lost, a killed run ends like one that was not, bad input ends in one line and leaves nothing to load."""
+"""The loop: nothing is lost, a killed run ends like one that was not, bad input ends in one line and leaves nothing
+to load."""
 
 from __future__ import annotations
 
@@ -217,7 +218,12 @@ def test_patterns_fit_disk_and_module_names(checkpoint, tmp_path):
 
 def test_a_later_step_overrides_an_earlier_one(checkpoint, tmp_path):
     chosen = Recipe.from_dict(
-        {"steps": [{"method": "rtn", "bits": 3, "group_size": 16}, {"method": "rtn", "bits": 8, "targets": ["*down_proj"]}]}
+        {
+            "steps": [
+                {"method": "rtn", "bits": 3, "group_size": 16},
+                {"method": "rtn", "bits": 8, "targets": ["*down_proj"]},
+            ]
+        }
     )
     run(checkpoint("llama"), tmp_path / "out", chosen)
     made = open_source(str(tmp_path / "out"))

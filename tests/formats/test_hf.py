@@ -1,4 +1,5 @@
-"""Packed checkpoints in stock transformers: same logits, same tensors when saved again, and no load that is silently wrong."""
+"""Packed checkpoints in stock transformers: same logits, same tensors when saved again, and no load that is silently
+wrong."""
 
 from __future__ import annotations
 
@@ -114,7 +115,9 @@ def test_without_acc_transformers_raises(packed, family):
     with_acc = "import acc\n" + script
     done = subprocess.run([sys.executable, "-c", with_acc], capture_output=True, text=True, cwd="/")
     assert done.returncode == 0, done.stderr[-2000:]
-    late = script.replace("import sys, transformers\n", "import sys, transformers\nimport transformers.modeling_utils, acc\n")
+    late = script.replace(
+        "import sys, transformers\n", "import sys, transformers\nimport transformers.modeling_utils, acc\n"
+    )
     done = subprocess.run([sys.executable, "-c", late], capture_output=True, text=True, cwd="/")
     assert done.returncode == 0, done.stderr[-2000:]
 
@@ -139,7 +142,7 @@ def test_a_missing_tensor_raises(packed, tmp_path, lost):
         del tensors[next(n for n in tensors if n.endswith(lost) and "layers.1" in n)]
 
     copy = damaged(packed("llama", "rtn"), tmp_path, drop)
-    with pytest.raises(ValueError, match="missing|incomplete|lacks"):
+    with pytest.raises(ValueError, match=r"missing|incomplete|lacks"):
         AutoModelForCausalLM.from_pretrained(copy)
 
 

@@ -695,7 +695,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=root / "recipes" / "demo")
     parser.add_argument("--checkpoint", type=Path, default=Path(tempfile.gettempdir()) / "demo-checkpoint")
     parser.add_argument("--minutes", type=float, default=85, help="time budget of the training loop")
-    parser.add_argument("--steps", type=int, default=3200, help=f"steps of {TOKENS_PER_STEP} tokens")
+    parser.add_argument("--steps", type=int, default=3540, help=f"steps of {TOKENS_PER_STEP} tokens")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
