@@ -55,7 +55,7 @@ def generate(
     if not as_json:
         from transformers import TextStreamer
 
-        streamer = TextStreamer(tokenizer, skip_prompt=False, skip_special_tokens=True)
+        streamer = TextStreamer(tokenizer, skip_prompt=chat, skip_special_tokens=True)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     mask = torch.ones_like(ids)
     with torch.no_grad():

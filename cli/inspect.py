@@ -45,7 +45,7 @@ def inspect(
     facts = _facts(source, skeleton) | {"packable tensors": len(names), "packable matrices": len(matrices)}
     stored = bits_of(source)
     for key, value in facts.items():
-        screen.line(f"{key:<20}{value}")
+        screen.line(f"{key:<20}{value:,}" if type(value) is int else f"{key:<20}{value}")
     if source.quantized:
         screen.line(f"{'stored bits':<20}{stored['packed_bits']:.3f} in the packed part, {stored['bits']:.2f} in all")
     rows = []
@@ -54,8 +54,9 @@ def inspect(
     screen.line()
     screen.table("", ["class", "weights", "bytes", "share"], rows)
     inside = sum(m.shape[0] * m.shape[1] for m in matrices)
-    methods = ", ".join(listing("compress"))
-    screen.line(f"\n{percent(inside / stored['parameters'])} of the weights can be packed by {methods}")
+    fate = "are packed" if source.quantized else f"can be packed by {', '.join(listing('compress'))}"
+    share = stored["packed_parameters"] if source.quantized else inside
+    screen.line(f"\n{percent(share / stored['parameters'])} of the weights {fate}")
     selected: list[str] = []
     if targets:
         preview = Recipe.from_dict({"steps": [{"method": "rtn", "targets": targets}]})

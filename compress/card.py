@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -21,7 +22,8 @@ def card(source: Source, recipe: Recipe, records: list[dict[str, Any]], text_rec
     stored = sum(record["stored_bits"] * record["parameters"] for record in packed) / weights
     nominal = sum(record["nominal_bits"] * record["parameters"] for record in packed) / weights
     whole = sum(record["stored_bits"] * record["parameters"] for record in records) / everything
-    base = source.spec.partition("@")[0] if source.kind == "hub" else source.spec.rstrip("/").rpartition("/")[2]
+    plain = {"hub": source.spec.partition("@")[0], "gguf": Path(source.spec).name}
+    base = plain.get(source.kind) or source.folder.resolve().name
     step = recipe.steps[0]
     lines = [
         "---",
