@@ -180,6 +180,7 @@ def test_a_changed_byte_is_found(capsys, packed, tmp_path):
 
 STOPPED = """
 import os, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a suite in the background inherits that it is ignored
 from acc.cli.main import main
 from acc.formats.store import Store
 
