@@ -16,6 +16,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import resource
 import shutil
 import subprocess
@@ -108,7 +109,8 @@ def main() -> None:
             rows[name] = row(arguments, *ROWS[name])
             settings = {k: v for k, v in vars(arguments).items() if k in ("nsamples", "seqlen", "window", "windows")}
             whole = {"model": Path(arguments.model).name, "settings": settings, "machine": machine(), "rows": rows}
-            arguments.out.write_text(json.dumps(whole, indent=1) + "\n")
+            text = json.dumps(whole, indent=1)
+            arguments.out.write_text(re.sub(r'"(/[\w.-]+)+/([\w.-]+)"', r'"\2"', text) + "\n")  # names, not places
 
 
 if __name__ == "__main__":
