@@ -137,6 +137,7 @@ class Block:
         """Runs the batches; keeps and returns the outputs, one `[B, T, H]` per batch."""
         outputs = self._stream._new_hidden()
         for batch, hidden, (args, kwargs) in zip(self._stream._batches, self._stream._hidden, self._calls):
+            self._current = batch
             result = self._module(hidden, *args, **kwargs)
             outputs.append(result[0] if isinstance(result, tuple) else result)
             self._stream.tick(batch.ids.numel())
@@ -153,26 +154,19 @@ class Block:
         collected = Statistics(statistics, skeleton.device)
         linears = list(dict.fromkeys(m.module for m in matrices if m.role == "linear"))
         experts = {(m.module, m.expert, m.role): m.shape[1] for m in matrices if m.role != "linear"}
-        current = self._stream._batches[:1]
 
         def see_linear(leader: str, x: Tensor) -> None:
-            collected.update((leader, None, "linear"), current[0].valid(x.reshape(-1, x.shape[-1])))
+            collected.update((leader, None, "linear"), self._current.valid(x.reshape(-1, x.shape[-1])))
 
         def see_expert(path: str, expert: int, role: str, tokens: Tensor, x: Tensor) -> None:
             if (path, expert, role) in experts:
-                collected.update((path, expert, role), current[0].valid(x, tokens))
+                collected.update((path, expert, role), self._current.valid(x, tokens))
 
-        outputs = self._stream._new_hidden()
         with (
             skeleton.observe_linears(self._module, linears, see_linear) as leaders,
             skeleton.observe_experts(see_expert),
         ):
-            for batch, hidden, (args, kwargs) in zip(self._stream._batches, self._stream._hidden, self._calls):
-                current[0] = batch
-                result = self._module(hidden, *args, **kwargs)
-                outputs.append(result[0] if isinstance(result, tuple) else result)
-                self._stream.tick(batch.ids.numel())
-        self.outputs = outputs
+            self.run()
         collected.leaders = dict(leaders)
         for key, features in experts.items():
             collected.ensure(key, features)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -166,7 +167,7 @@ def _compress_block(
 
 def _solve(block: Block, group: list[Matrix], chosen: dict[str, Step], statistics: Statistics | None):
     """Yields `(packed, record)` for each matrix in order of disk names; what shares an input is prepared once."""
-    prepared: dict[tuple, tuple[Any, list[Record], float]] = {}
+    prepared: dict[tuple, tuple[Any, list[Record]]] = {}
     last_use = {_shared(m, chosen, statistics): i for i, m in enumerate(group)}
     for position, matrix in enumerate(group):
         step, started, events = chosen[matrix.tensor], time.monotonic(), []
@@ -178,9 +179,8 @@ def _solve(block: Block, group: list[Matrix], chosen: dict[str, Step], statistic
         if key not in prepared:
             said: list[Record] = []
             supported = _supported(matrix, own, statistics, said)
-            ready = step.settings.prepare(supported, _event(said))
-            prepared[key] = (ready, said, time.monotonic() - started)
-        ready, said, _ = prepared[key]
+            prepared[key] = (step.settings.prepare(supported, _event(said)), said)
+        ready, said = prepared[key]
         weight = block.weight(matrix).float()
         with _threads(weight.numel()):
             packed = step.settings.compress(weight, ready, _event(events))
@@ -191,8 +191,7 @@ def _solve(block: Block, group: list[Matrix], chosen: dict[str, Step], statistic
 
 @contextlib.contextmanager
 def _threads(weights: int) -> Iterator[None]:
-    """One thread for small matrices: a column is too little work to share, and on a busy machine each of the
-    thousands of
+    """One thread for small matrices: a column is too little work to share, and on a busy machine each of thousands of
     barriers waits for a core (measured on 1536 x 576, two cores: 0.3 s alone, 17 s and more together)."""
     before = torch.get_num_threads()
     torch.set_num_threads(1 if weights < SMALL else before)
@@ -357,7 +356,7 @@ class _Work:
         self.total = 0.0
         last = len(stream.skeleton.layers) - 1
         for index, names in enumerate(stream.skeleton.block_names):
-            weights = {name: _numel(stream.skeleton.shapes[name]) for name in names}
+            weights = {name: math.prod(stream.skeleton.shapes[name]) for name in names}
             runs = passes - (index == last)
             self.total += runs * tokens * sum(weights.values())
             self.total += SOLVE * sum(n for name, n in weights.items() if name in chosen)
@@ -378,7 +377,3 @@ class _Work:
     def add(self, amount: float) -> None:
         self.done += amount
         self.report(min(self.done / self.total, 1.0), self.what)
-
-
-def _numel(shape: tuple[int, ...]) -> int:
-    return int(torch.Size(shape).numel())
