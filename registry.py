@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import difflib
 import importlib
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ ENTRY_BASES = {
 }
 
 
+@cache
 def listing(folder: str) -> dict[str, str]:
     """Names of the entries of `folder` (one of `ENTRY_BASES`) with the first line of their module docstring."""
     found = {}
@@ -28,6 +30,7 @@ def listing(folder: str) -> dict[str, str]:
     return found
 
 
+@cache
 def lookup(folder: str, name: str) -> Any:
     """The one public class of `folder/name.py`.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -136,27 +137,40 @@ class Block:
     def run(self) -> list[Tensor] | _Spilled:
         """Runs the batches; keeps and returns the outputs, one `[B, T, H]` per batch."""
         outputs = self._stream._new_hidden()
-        for batch, hidden, (args, kwargs) in zip(self._stream._batches, self._stream._hidden, self._calls):
-            self._current = batch
-            result = self._module(hidden, *args, **kwargs)
-            outputs.append(result[0] if isinstance(result, tuple) else result)
-            self._stream.tick(batch.ids.numel())
+        for output in self._outputs():
+            outputs.append(output)
         self.outputs = outputs
         return outputs
 
+    def _outputs(self) -> Iterator[Tensor]:
+        for batch, hidden, (args, kwargs) in zip(self._stream._batches, self._stream._hidden, self._calls):
+            self._current = batch
+            with contextlib.suppress(_SeenAll):
+                result = self._module(hidden, *args, **kwargs)
+                yield result[0] if isinstance(result, tuple) else result
+            self._stream.tick(batch.ids.numel())
+
     @torch.no_grad()
-    def observe(self, matrices: list[Matrix], statistics: tuple[str, ...]) -> Statistics:
+    def observe(self, matrices: list[Matrix], statistics: tuple[str, ...], outputs: bool = True) -> Statistics:
         """Runs the batches and collects the named statistics of every distinct input of `matrices`.
 
-        Padding is left out. Raises ValueError for values that are not finite, naming the module.
+        Padding is left out. Without `outputs`, for who is about to replace weights, the block runs no further than the
+        last input. Raises ValueError for values that are not finite, naming the module.
         """
         skeleton = self._stream.skeleton
         collected = Statistics(statistics, skeleton.device)
         linears = list(dict.fromkeys(m.module for m in matrices if m.role == "linear"))
         experts = {(m.module, m.expert, m.role): m.shape[1] for m in matrices if m.role != "linear"}
 
+        order: dict[str, None] = {}  # of the linears, as the first batch meets them
+        first = next(iter(self._stream._batches), None)
+
         def see_linear(leader: str, x: Tensor) -> None:
             collected.update((leader, None, "linear"), self._current.valid(x.reshape(-1, x.shape[-1])))
+            if self._current is first:
+                order[leader] = None
+            elif not (outputs or experts) and leader == next(reversed(order)):
+                raise _SeenAll
 
         def see_expert(path: str, expert: int, role: str, tokens: Tensor, x: Tensor) -> None:
             if (path, expert, role) in experts:
@@ -166,7 +180,11 @@ class Block:
             skeleton.observe_linears(self._module, linears, see_linear) as leaders,
             skeleton.observe_experts(see_expert),
         ):
-            self.run()
+            if outputs:
+                self.run()
+            else:
+                for _ in self._outputs():
+                    pass
         collected.leaders = dict(leaders)
         for key, features in experts.items():
             collected.ensure(key, features)
@@ -188,7 +206,7 @@ class Outside(Block):
         self._stream = stream
 
     @torch.no_grad()
-    def observe(self, matrices: list[Matrix], statistics: tuple[str, ...]) -> Statistics:
+    def observe(self, matrices: list[Matrix], statistics: tuple[str, ...], outputs: bool = True) -> Statistics:
         """The statistics of the head's input, over the logits of all batches."""
         skeleton = self._stream.skeleton
         collected = Statistics(statistics, skeleton.device)
@@ -202,6 +220,10 @@ class Outside(Block):
                 pass
         collected.leaders = dict(leaders)
         return collected
+
+
+class _SeenAll(Exception):
+    """What is left of the forward, nobody asked for."""
 
 
 Key = tuple[str, int | None, str]

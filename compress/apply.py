@@ -35,7 +35,8 @@ STATISTICS_BYTES = 8 << 30
 # Solving for one weight takes about as long as passing so many tokens through it. Only the estimate of time depends
 # on it.
 SOLVE = 8000.0
-SMALL = 8 << 20  # weights of a matrix that one core solves
+SMALL = 8 << 20  # weights that one core solves
+TOGETHER = 8 << 20  # weights that are solved in one call, unless a matrix alone has more
 
 
 @dataclass(frozen=True)
@@ -151,7 +152,8 @@ def _compress_block(
     records: list[Record] = []
     for group in _passes(wanted, chosen):
         needs = tuple(dict.fromkeys(n for m in group for n in chosen[m.tensor].settings.needs))
-        statistics = block.observe([m for m in group if chosen[m.tensor].settings.needs], needs) if needs else None
+        seen = [m for m in group if chosen[m.tensor].settings.needs]
+        statistics = block.observe(seen, needs, outputs=False) if needs else None
         for packed, record in _solve(block, group, chosen, statistics):
             parts.setdefault(record["tensor"], []).append(packed)
             records.append(record)
@@ -166,27 +168,48 @@ def _compress_block(
 
 
 def _solve(block: Block, group: list[Matrix], chosen: dict[str, Step], statistics: Statistics | None):
-    """Yields `(packed, record)` for each matrix in order of disk names; what shares an input is prepared once."""
-    prepared: dict[tuple, tuple[Any, list[Record]]] = {}
-    last_use = {_shared(m, chosen, statistics): i for i, m in enumerate(group)}
+    """Yields `(packed, record)` for each matrix in order of disk names. What shares an input is prepared once, what
+    has as many inputs is compressed together."""
+    own: list[dict[str, Statistic]] = []
+    for matrix in group:
+        needs = chosen[matrix.tensor].settings.needs
+        own.append({n: s for n, s in statistics.of(matrix).items() if n in needs} if statistics is not None else {})
+    solved: dict[int, tuple[PackedWeight, Record]] = {}
+    for members in _together(group, chosen):
+        settings, started = chosen[group[members[0]].tensor].settings, time.monotonic()
+        prepared: dict[tuple, tuple[Any, list[Record]]] = {}
+        events: list[list[Record]] = [[] for _ in members]
+        keys = [_shared(group[m], chosen, statistics) for m in members]
+        for m, key in zip(members, keys):
+            if key not in prepared:
+                said: list[Record] = []
+                prepared[key] = settings.prepare(_supported(group[m], own[m], statistics, said), _event(said)), said
+        weights = [block.weight(group[m]).float() for m in members]
+        size = sum(weight.numel() for weight in weights)
+        with _threads(size):
+            made = settings.compress_all(weights, [prepared[key][0] for key in keys], [_event(e) for e in events])
+        spent = time.monotonic() - started
+        for m, key, weight, packed, its in zip(members, keys, weights, made, events, strict=True):
+            step, seconds = chosen[group[m].tensor], spent * weight.numel() / size
+            said = [*prepared[key][1], *its]
+            solved[m] = packed, _record(group[m], step, weight, packed, own[m], said, seconds)
+    for position in range(len(group)):
+        yield solved[position]
+
+
+def _together(group: list[Matrix], chosen: dict[str, Step]) -> list[list[int]]:
+    """Places in `group` of matrices that one call compresses: same step, as many inputs, not too many weights."""
+    batches: list[list[int]] = []
+    open_: dict[tuple, tuple[list[int], int]] = {}
     for position, matrix in enumerate(group):
-        step, started, events = chosen[matrix.tensor], time.monotonic(), []
-        own: dict[str, Statistic] = {}
-        if step.settings.needs:
-            assert statistics is not None
-            own = {n: s for n, s in statistics.of(matrix).items() if n in step.settings.needs}
-        key = _shared(matrix, chosen, statistics)
-        if key not in prepared:
-            said: list[Record] = []
-            supported = _supported(matrix, own, statistics, said)
-            prepared[key] = (step.settings.prepare(supported, _event(said)), said)
-        ready, said = prepared[key]
-        weight = block.weight(matrix).float()
-        with _threads(weight.numel()):
-            packed = step.settings.compress(weight, ready, _event(events))
-        if last_use[key] == position:
-            del prepared[key]
-        yield packed, _record(matrix, step, weight, packed, own, [*said, *events], time.monotonic() - started)
+        key, size = (id(chosen[matrix.tensor]), matrix.shape[1]), matrix.shape[0] * matrix.shape[1]
+        members, used = open_.get(key, ([], 0))
+        if not members or used + size > TOGETHER:
+            members, used = [], 0
+            batches.append(members)
+        members.append(position)
+        open_[key] = members, used + size
+    return batches
 
 
 @contextlib.contextmanager

@@ -30,3 +30,8 @@ class Method(BaseModel):
     def compress(self, weight: Tensor, prepared: Any, event: Event) -> PackedWeight:
         """`weight [O, I]` fp32, not to be modified -> packed, with statistics already rounded as stored."""
         raise NotImplementedError
+
+    def compress_all(self, weights: list[Tensor], prepared: list[Any], events: list[Event]) -> list[PackedWeight]:
+        """The same for matrices with equally many inputs; a method that gains from taking several at once overrides
+        it."""
+        return [self.compress(*one) for one in zip(weights, prepared, events, strict=True)]

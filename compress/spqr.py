@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -58,9 +59,23 @@ class SpQR(Method):
         return Prepared(perm, inverse_factor(hessian, self.damp_percent, event), hessian.diagonal() == 0)
 
     def compress(self, weight: Tensor, prepared: Prepared, event: Event) -> SpQRWeight:
-        columns = weight.float().T[prepared.perm]  # [I, O], a copy
-        dtype = stat_dtype(columns, event)
-        codes, grids, deltas = solve(columns, prepared, self, dtype)
+        return self.compress_all([weight], [prepared], [event])[0]
+
+    def compress_all(self, weights: list[Tensor], prepared: list[Prepared], events: list[Event]) -> list[SpQRWeight]:
+        dtypes = [stat_dtype(weight, event) for weight, event in zip(weights, events)]
+        packed: list[SpQRWeight] = []
+        for members in side_by_side(weights, dtypes, self.stat_group_size):
+            inputs = [prepared[m] for m in members]
+            columns = torch.cat([weights[m].float().T[prepared[m].perm] for m in members], 1)  # [I, O], copies
+            rows = [len(weights[m]) for m in members]
+            codes, grids, deltas = solve(columns, inputs, rows, self, dtypes[members[0]])
+            for m, stop in zip(members, torch.tensor(rows).cumsum(0).tolist()):
+                cut = slice(stop - len(weights[m]), stop)
+                packed.append(self.encode(codes[:, cut], [g.of(cut) for g in grids], deltas[:, cut], prepared[m]))
+        return packed
+
+    def encode(self, codes: Tensor, grids: list[Grid], deltas: Tensor, prepared: Prepared) -> SpQRWeight:
+        """codes and deltas `[I, O]` in packed order, a grid per group of inputs."""
         column, row = deltas.nonzero(as_tuple=True)
         scheme = self.model_dump(exclude={"outlier_threshold", "damp_percent"})
         return SpQRWeight.encode(
@@ -70,7 +85,7 @@ class SpQR(Method):
             torch.stack([grid.stat for grid in grids]),
             None if self.order == "identity" else prepared.perm,
             (row, column, deltas[column, row]),
-            {**scheme, "stat_dtype": str(dtype).removeprefix("torch.")},
+            {**scheme, "stat_dtype": str(deltas.dtype).removeprefix("torch.")},
         )
 
 
@@ -83,42 +98,78 @@ class Prepared:
     dead: Tensor  # bool [I]: inputs that were always zero
 
 
-def stat_dtype(columns: Tensor, event: Event) -> torch.dtype:
+def side_by_side(weights: list[Tensor], dtypes: list[torch.dtype], share: int) -> list[list[int]]:
+    """Which consecutive matrices are solved as one: equal types, and no second-level group across their border."""
+    batches: list[list[int]] = []
+    for m, dtype in enumerate(dtypes):
+        before = batches[-1][-1] if batches else None
+        if before is not None and dtypes[before] == dtype and len(weights[before]) % share == 0:
+            batches[-1].append(m)
+        else:
+            batches.append([m])
+    return batches
+
+
+def stat_dtype(weight: Tensor, event: Event) -> torch.dtype:
     """float16 for second-level statistics and outliers, unless weights so small or large would lose digits.
 
     Measured: down to 2^-18 for the greatest weight float16 errs no more than bfloat16, at 2^-20 1.7 times as much.
     """
-    largest = float(columns.abs().amax())
+    largest = float(weight.abs().amax())
     if largest == 0 or 2**-17 <= largest <= 2**14:
         return torch.float16
     event("stat_dtype", dtype="bfloat16", largest_weight=largest)
     return torch.bfloat16
 
 
-def solve(columns: Tensor, prepared: Prepared, settings: SpQR, dtype: torch.dtype) -> tuple[Tensor, list[Grid], Tensor]:
-    """The column loop over `Wᵀ [I, O]` in packed order, which is overwritten with what `dequantize` will return.
+def solve(
+    columns: Tensor, inputs: list[Prepared], rows: list[int], settings: SpQR, dtype: torch.dtype
+) -> tuple[Tensor, list[Grid], Tensor]:
+    """The column loop over matrices `Wᵀ [I, O]` in packed order, side by side: `rows` of each, and its input.
+    `columns` is overwritten with what `dequantize` will return.
 
     Returns codes uint8 `[I, O]`, a grid per group, and corrections `[I, O]` in `dtype`, zero for all but outliers.
     """
-    factor, inputs = prepared.factor, len(columns)
-    importance = 1 / factor.diagonal()[:, None]  # what an error in a column weighs at the output
-    price = kept_from(columns, importance, prepared.dead[:, None], settings.outlier_threshold)
-    weigh, tolerance = importance[:, 0].tolist(), (price / importance.square())[:, 0].tolist()
+    of_matrix = torch.arange(len(rows), device=columns.device).repeat_interleave(
+        torch.tensor(rows, device=columns.device)
+    )
+
+    def spread(values: Tensor) -> Tensor:
+        """`[..., M]` of the matrices -> `[..., O]` of their rows."""
+        return values if len(rows) == 1 else values[..., of_matrix]
+
+    cuts = torch.tensor([0, *rows]).cumsum(0).tolist()
+    spans = [slice(first, last) for first, last in itertools.pairwise(cuts)]
+
+    def pass_on(errors: Tensor, made: slice, to: slice) -> None:
+        """Spreads the errors of columns `made` over the columns `to`."""
+        for of, span in zip(inputs, spans):
+            columns[to, span].addmm_(of.factor[made, to].T, errors[:, span], alpha=-1)
+
+    importance = 1 / torch.stack([of.factor.diagonal() for of in inputs], 1)  # [I, M]: an error's weight at the output
+    prices = [
+        kept_from(columns[:, span], importance[:, m : m + 1], of.dead[:, None], settings.outlier_threshold)
+        for m, (of, span) in enumerate(zip(inputs, spans))
+    ]
+    price = torch.cat(prices, 1)  # [I, M]
     codes, deltas = torch.empty_like(columns, dtype=torch.uint8), torch.zeros_like(columns, dtype=dtype)
     grids = []
-    for start in range(0, inputs, BLOCK):
-        stop = min(start + BLOCK, inputs)
+    for start in range(0, len(columns), BLOCK):
+        stop = min(start + BLOCK, len(columns))
         errors = torch.empty_like(columns[start:stop])
         for first in range(start, stop, settings.group_size):
             last = min(first + settings.group_size, stop)
-            grid = fit(columns[first:last], importance[first:last], price[first:last], settings, dtype)
-            for j in range(first, last):
-                error = round_column(columns[j], codes[j], deltas[j], grid, tolerance[j])
-                torch.mul(error, weigh[j], out=errors[j - start])
-                columns[j + 1 : last].addr_(factor[j, j + 1 : last], errors[j - start], alpha=-1)
-            columns[last:stop].addmm_(factor[first:last, last:stop].T, errors[first - start : last - start], alpha=-1)
+            weigh, limit = spread(importance[first:last]), spread(price[first:last])
+            grid = fit(columns[first:last], weigh, limit, settings, dtype)
+            tolerance = limit / weigh.square() if settings.outlier_threshold is not None else [None] * (last - first)
+            within = torch.stack([of.factor[first:last, first:last] for of in inputs], 2)  # [g, g, M]
+            for i, j in enumerate(range(first, last)):
+                error = round_column(columns[j], codes[j], deltas[j], grid, tolerance[i])
+                torch.mul(error, weigh[i], out=errors[j - start])
+                columns[j + 1 : last].addcmul_(spread(within[i, i + 1 :]), errors[j - start], value=-1)
+            pass_on(errors[first - start : last - start], slice(first, last), slice(last, stop))
             grids.append(grid)
-        columns[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
+        pass_on(errors, slice(start, stop), slice(stop, None))
     return codes, grids, deltas
 
 
@@ -134,13 +185,13 @@ def kept_from(columns: Tensor, importance: Tensor, dead: Tensor, relative: float
     return torch.where(dead, torch.inf, tau)
 
 
-def round_column(column: Tensor, code: Tensor, delta: Tensor, grid: Grid, tolerance: float) -> Tensor:
+def round_column(column: Tensor, code: Tensor, delta: Tensor, grid: Grid, tolerance: Tensor | None) -> Tensor:
     """Quantises `column [O]` in place, writes its codes and corrections, and returns what was lost."""
     value = (column / grid.step).add_(grid.zero).round_().clamp_(0, grid.top)
     code.copy_(value)
     value.sub_(grid.zero).mul_(grid.scale)
     error = column - value
-    if tolerance < torch.inf:
+    if tolerance is not None:
         delta.copy_(torch.where(error.square() > tolerance, error, 0))
         error = column - value.add_(delta)
     column.copy_(value)
@@ -158,10 +209,17 @@ class Grid:
     scale_codes: Tensor  # uint8 [O]
     zero_codes: Tensor  # uint8 [O]
     stat: Tensor  # [ceil(O / stat_group_size), 4]
+    share: int  # stat_group_size
+
+    def of(self, rows: slice) -> Grid:
+        """The same for some of the rows, whole second-level groups of them."""
+        stat = self.stat[rows.start // self.share : -(-rows.stop // self.share)]
+        scale, zero, step = self.scale[rows], self.zero[rows], self.step[rows]
+        return Grid(scale, zero, step, self.top, self.scale_codes[rows], self.zero_codes[rows], stat, self.share)
 
 
 def fit(group: Tensor, importance: Tensor, price: Tensor, settings: SpQR, dtype: torch.dtype) -> Grid:
-    """`group [g, O]`, importance and price `[g, 1]` -> the grid of each row, from statistics as they are stored."""
+    """`group [g, O]`, importance and price `[g, O]` or `[g, 1]` -> the grid of each row, its statistics as stored."""
     top, share = (1 << settings.bits) - 1, settings.stat_group_size
     low, high = group.amin(0), group.amax(0)
     if settings.outlier_threshold is not None:
@@ -179,7 +237,7 @@ def fit(group: Tensor, importance: Tensor, price: Tensor, settings: SpQR, dtype:
     scale_codes, zero_codes = search(group, importance, price, top, scales, zeros, scale_codes, zeros.nearest(zero))
     scale, zero = scales.value(scale_codes), zeros.value(zero_codes)
     stat = torch.stack([scales.scale, scales.zero, zeros.scale, zeros.zero], -1)
-    return Grid(scale, zero, scale.clamp(min=TINY), top, scale_codes.byte(), zero_codes.byte(), stat)
+    return Grid(scale, zero, scale.clamp(min=TINY), top, scale_codes.byte(), zero_codes.byte(), stat, share)
 
 
 def even_grid(low: Tensor, high: Tensor, top: int) -> tuple[Tensor, Tensor]:

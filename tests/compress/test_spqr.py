@@ -176,7 +176,7 @@ def test_codes_and_outliers_are_those_of_the_definition(bits, group_size, thresh
         torch.linalg.inv(hessian + damp * hessian.diagonal().mean() * torch.eye(64))[perm][:, perm], upper=True
     )
     columns = weight.double().T[perm]
-    codes, _, deltas = solve(columns, Prepared(perm, factor, torch.zeros(64).bool()), settings, torch.float16)
+    codes, _, deltas = solve(columns, [Prepared(perm, factor, torch.zeros(64).bool())], [32], settings, torch.float16)
     expected = reference(weight, x, bits=bits, group_size=group_size, outlier_threshold=threshold, damp_percent=damp)
     assert np.array_equal(expected.perm, perm)
     assert np.array_equal(expected.codes.T, codes)
@@ -255,7 +255,7 @@ def test_what_the_loop_leaves_behind_is_what_dequantize_returns():
     method = SpQR(bits=3)
     prepared = method.prepare({"hessian": hessian_of(x)}, silent)
     columns = weight.T[prepared.perm]
-    solve(columns, prepared, method, torch.float16)
+    solve(columns, [prepared], [37], method, torch.float16)
     dense = method.compress(weight, prepared, silent).dequantize()
     assert torch.equal(dense[:, prepared.perm], columns.T)
 
