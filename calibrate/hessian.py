@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 
 import torch
@@ -20,20 +21,31 @@ class Hessian(Statistic):
 
     def __init__(self, features: int, device: torch.device | str = "cpu"):
         super().__init__(features, device)
-        self.sum = torch.zeros(features, features, dtype=torch.float32, device=device)
+        self.sum = torch.zeros(features, features, dtype=torch.float32, device=device)  # its upper triangle
+        self._whole = True  # whether the lower triangle is up to date
+        self._lock = threading.Lock()
 
     def update(self, x: Tensor) -> None:
         add_gram(self.sum, x.float())
+        self._whole = False
         self.tokens += x.shape[0]
 
     def merge(self, other: Statistic) -> None:
         assert isinstance(other, Hessian)
         self.sum = (self.sum.double() + other.sum.double()).float()
+        self._whole = False
         self.tokens += other.tokens
 
     def value(self) -> Tensor:
-        upper = torch.triu(self.sum)
-        return (upper + torch.triu(upper, 1).T) * (2.0 / max(self.tokens, 1))
+        return self.symmetric() * (2.0 / max(self.tokens, 1))
+
+    def symmetric(self) -> Tensor:
+        """`Σ x xᵀ`, both triangles; not to be modified."""
+        with self._lock:  # matrices that share the input may be solved in several threads
+            if not self._whole:
+                self.sum.triu_().add_(self.sum.triu(1).T)
+                self._whole = True
+        return self.sum
 
     def towards(self, others: Sequence[Statistic]) -> Hessian:
         """`(n Hₑ + τ H̄) / (n + τ)` with the mean `H̄` over all siblings' tokens, where `n` tokens are too few.
@@ -48,21 +60,21 @@ class Hessian(Statistic):
         mean = torch.zeros_like(self.sum, dtype=torch.float64)
         for other in others:
             assert isinstance(other, Hessian)
-            mean += other.sum
+            mean += other.symmetric()
         supported = Hessian(self.features, self.sum.device)
-        supported.sum = (self.sum.double() + mean * (missing / everyone)).float()
+        supported.sum = (self.symmetric().double() + mean * (missing / everyone)).float()
         supported.tokens = self.features
         return supported
 
     def error(self, delta: Tensor) -> float:
         """`tr(Δ H Δᵀ) / 2`: the mean over tokens of the squared error of the output."""
-        return float(((delta @ self.value()).double() * delta.double()).sum()) / 2
+        return float((delta @ self.symmetric()).mul_(delta).sum(dtype=torch.float64)) / max(self.tokens, 1)
 
     def state_dict(self) -> dict[str, Tensor]:
-        return {"sum": self.sum, "tokens": torch.tensor(self.tokens)}
+        return {"sum": self.symmetric(), "tokens": torch.tensor(self.tokens)}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        self.sum, self.tokens = state["sum"], int(state["tokens"])
+        self.sum, self.tokens, self._whole = state["sum"], int(state["tokens"]), True
 
 
 def add_gram(total: Tensor, x: Tensor, block: int = 256) -> None:

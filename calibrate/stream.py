@@ -129,6 +129,10 @@ class Block:
             self.outputs = None
 
     @property
+    def device(self) -> torch.device:
+        return self._stream.skeleton.device
+
+    @property
     def weights(self) -> int:
         """How many weights the block has."""
         return sum(tensor.numel() for tensor in self.tensors.values())

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ STATISTICS_BYTES = 8 << 30
 # Solving for one weight takes about as long as passing so many tokens through it. Only the estimate of time depends
 # on it.
 SOLVE = 8000.0
-SMALL = 8 << 20  # weights that one core solves
+SMALL = 16 << 20  # weights of a call that one core solves
 TOGETHER = 8 << 20  # weights that are solved in one call, unless a matrix alone has more
 
 
@@ -148,16 +148,17 @@ def _compress_block(
     for name, tensor in block.tensors.items():
         finite(tensor, name)
     wanted = [matrix for matrix in block.matrices if matrix.tensor in chosen]
-    parts: dict[str, list[PackedWeight]] = {}
+    made: dict[str, dict[int, PackedWeight]] = {}
     records: list[Record] = []
     for group in _passes(wanted, chosen):
         needs = tuple(dict.fromkeys(n for m in group for n in chosen[m.tensor].settings.needs))
         seen = [m for m in group if chosen[m.tensor].settings.needs]
         statistics = block.observe(seen, needs, outputs=False) if needs else None
         for packed, record in _solve(block, group, chosen, statistics):
-            parts.setdefault(record["tensor"], []).append(packed)
+            made.setdefault(record["tensor"], {})[record["part"] or 0] = packed
             records.append(record)
             work.solved(packed.shape)
+    parts = {name: [pieces[part] for part in sorted(pieces)] for name, pieces in made.items()}
     entries = _entries(block, {name: (pieces[0].shape, pieces[0].scheme) for name, pieces in parts.items()})
     stored = {name: tensor for name, tensor in block.tensors.items() if name not in parts}
     records += [_kept(name, tensor) for name, tensor in stored.items()]
@@ -167,66 +168,67 @@ def _compress_block(
     return {name: (entries[name], pieces) for name, pieces in parts.items()}
 
 
-def _solve(block: Block, group: list[Matrix], chosen: dict[str, Step], statistics: Statistics | None):
-    """Yields `(packed, record)` for each matrix in order of disk names. What shares an input is prepared once, what
-    has as many inputs is compressed together."""
+def _solve(
+    block: Block, group: list[Matrix], chosen: dict[str, Step], statistics: Statistics | None
+) -> Iterator[tuple[PackedWeight, Record]]:
+    """Yields every matrix packed, and its record; batches that leave a core idle are solved side by side."""
+    batches = _together(group, chosen)
+    small = all(sum(math.prod(m.shape) for m in batch) < SMALL for batch in batches)
+    threads = torch.get_num_threads()
+    if not small or block.device.type != "cpu":
+        for batch in batches:
+            yield from _solve_batch(block, batch, chosen, statistics)
+        return
+    # One thread a batch: a column is too little work to share, and on a busy machine each of thousands of barriers
+    # waits for a core (measured on 1536 x 576, two cores: 0.3 s alone, 17 s and more together).
+    torch.set_num_threads(1)
+    pool = ThreadPoolExecutor(threads)
+    try:
+        for results in pool.map(lambda batch: _solve_batch(block, batch, chosen, statistics), batches):
+            yield from results
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(threads)
+
+
+def _solve_batch(
+    block: Block, batch: list[Matrix], chosen: dict[str, Step], statistics: Statistics | None
+) -> list[tuple[PackedWeight, Record]]:
+    """Compresses matrices of one step with equally many inputs; what shares an input is prepared once."""
+    step, started = chosen[batch[0].tensor], time.monotonic()
+    prepared: dict[Any, tuple[Any, list[Record]]] = {}
     own: list[dict[str, Statistic]] = []
+    keys = [statistics.key(matrix) if statistics is not None else None for matrix in batch]
+    for matrix, key in zip(batch, keys):
+        known = statistics.of(matrix) if statistics is not None else {}
+        own.append({name: known[name] for name in step.settings.needs})
+        if key not in prepared:
+            said: list[Record] = []
+            ready = step.settings.prepare(_supported(matrix, own[-1], statistics, said), _event(said))
+            prepared[key] = ready, said
+    weights = [block.weight(matrix).float() for matrix in batch]
+    events: list[list[Record]] = [[] for _ in batch]
+    made = step.settings.compress_all(weights, [prepared[key][0] for key in keys], [_event(e) for e in events])
+    share = (time.monotonic() - started) / sum(weight.numel() for weight in weights)
+    return [
+        (packed, _record(matrix, step, weight, packed, its, [*prepared[key][1], *said], share * weight.numel()))
+        for matrix, key, weight, packed, its, said in zip(batch, keys, weights, made, own, events, strict=True)
+    ]
+
+
+def _together(group: list[Matrix], chosen: dict[str, Step]) -> list[list[Matrix]]:
+    """Matrices that one call compresses: same step, as many inputs, not too many weights."""
+    batches: list[list[Matrix]] = []
+    growing: dict[tuple[int, int], tuple[list[Matrix], int]] = {}
     for matrix in group:
-        needs = chosen[matrix.tensor].settings.needs
-        own.append({n: s for n, s in statistics.of(matrix).items() if n in needs} if statistics is not None else {})
-    solved: dict[int, tuple[PackedWeight, Record]] = {}
-    for members in _together(group, chosen):
-        settings, started = chosen[group[members[0]].tensor].settings, time.monotonic()
-        prepared: dict[tuple, tuple[Any, list[Record]]] = {}
-        events: list[list[Record]] = [[] for _ in members]
-        keys = [_shared(group[m], chosen, statistics) for m in members]
-        for m, key in zip(members, keys):
-            if key not in prepared:
-                said: list[Record] = []
-                prepared[key] = settings.prepare(_supported(group[m], own[m], statistics, said), _event(said)), said
-        weights = [block.weight(group[m]).float() for m in members]
-        size = sum(weight.numel() for weight in weights)
-        with _threads(size):
-            made = settings.compress_all(weights, [prepared[key][0] for key in keys], [_event(e) for e in events])
-        spent = time.monotonic() - started
-        for m, key, weight, packed, its in zip(members, keys, weights, made, events, strict=True):
-            step, seconds = chosen[group[m].tensor], spent * weight.numel() / size
-            said = [*prepared[key][1], *its]
-            solved[m] = packed, _record(group[m], step, weight, packed, own[m], said, seconds)
-    for position in range(len(group)):
-        yield solved[position]
-
-
-def _together(group: list[Matrix], chosen: dict[str, Step]) -> list[list[int]]:
-    """Places in `group` of matrices that one call compresses: same step, as many inputs, not too many weights."""
-    batches: list[list[int]] = []
-    open_: dict[tuple, tuple[list[int], int]] = {}
-    for position, matrix in enumerate(group):
-        key, size = (id(chosen[matrix.tensor]), matrix.shape[1]), matrix.shape[0] * matrix.shape[1]
-        members, used = open_.get(key, ([], 0))
+        key, size = (id(chosen[matrix.tensor]), matrix.shape[1]), math.prod(matrix.shape)
+        members, used = growing.get(key, ([], 0))
         if not members or used + size > TOGETHER:
             members, used = [], 0
             batches.append(members)
-        members.append(position)
-        open_[key] = members, used + size
+        members.append(matrix)
+        growing[key] = members, used + size
     return batches
-
-
-@contextlib.contextmanager
-def _threads(weights: int) -> Iterator[None]:
-    """One thread for small matrices: a column is too little work to share, and on a busy machine each of thousands of
-    barriers waits for a core (measured on 1536 x 576, two cores: 0.3 s alone, 17 s and more together)."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1 if weights < SMALL else before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def _shared(matrix: Matrix, chosen: dict[str, Step], statistics: Statistics | None) -> tuple:
-    """Matrices with equal keys are prepared together: same step, same input."""
-    return (id(chosen[matrix.tensor]), statistics.key(matrix) if statistics is not None else None)
 
 
 def _supported(
