@@ -47,6 +47,7 @@ class SpQR(Method):
         0.2, ge=0, description="relative error above which a weight is kept apart; higher: fewer are; null: none"
     )
     damp_percent: float = Field(1.0, ge=0, description="multiple of its mean added to the Hessian's diagonal")
+    sweeps: int = Field(2, ge=0, description="passes over all columns after the first, each weight set anew")
     order: Literal["act_order", "identity"] = Field("act_order", description="strongest inputs first, or as they are")
 
     def prepare(self, statistics: dict[str, Statistic], event: Event) -> Prepared:
@@ -55,8 +56,10 @@ class SpQR(Method):
         perm = torch.arange(len(diagonal), device=diagonal.device)
         if self.order == "act_order":
             perm = diagonal.argsort(descending=True, stable=True)
-        hessian = hessian[perm][:, perm]
-        return Prepared(perm, inverse_factor(hessian, self.damp_percent, event), hessian.diagonal() == 0)
+        hessian, dead = hessian[perm][:, perm], diagonal[perm] == 0
+        factor = inverse_factor(hessian, self.damp_percent, event)
+        hessian.diagonal().add_(self.damp_percent * hessian.diagonal()[~dead].mean())
+        return Prepared(perm, factor, dead, hessian)
 
     def compress(self, weight: Tensor, prepared: Prepared, event: Event) -> SpQRWeight:
         return self.compress_all([weight], [prepared], [event])[0]
@@ -65,19 +68,20 @@ class SpQR(Method):
         dtypes = [stat_dtype(weight, event) for weight, event in zip(weights, events)]
         packed: list[SpQRWeight] = []
         for members in side_by_side(weights, dtypes, self.stat_group_size):
-            inputs = [prepared[m] for m in members]
+            matrices = Matrices([prepared[m] for m in members], [len(weights[m]) for m in members])
             columns = torch.cat([weights[m].float().T[prepared[m].perm] for m in members], 1)  # [I, O], copies
-            rows = [len(weights[m]) for m in members]
-            codes, grids, deltas = solve(columns, inputs, rows, self, dtypes[members[0]])
-            for m, stop in zip(members, torch.tensor(rows).cumsum(0).tolist()):
-                cut = slice(stop - len(weights[m]), stop)
-                packed.append(self.encode(codes[:, cut], [g.of(cut) for g in grids], deltas[:, cut], prepared[m]))
+            exact = columns.clone() if self.sweeps else columns
+            codes, grids, deltas = solve(columns, matrices, self, dtypes[members[0]])
+            for _ in range(self.sweeps):
+                sweep(columns, exact, codes, deltas, grids, matrices, self.group_size)
+            for m, span in zip(members, matrices.spans):
+                packed.append(self.encode(codes[:, span], [g.of(span) for g in grids], deltas[:, span], prepared[m]))
         return packed
 
     def encode(self, codes: Tensor, grids: list[Grid], deltas: Tensor, prepared: Prepared) -> SpQRWeight:
         """codes and deltas `[I, O]` in packed order, a grid per group of inputs."""
         column, row = deltas.nonzero(as_tuple=True)
-        scheme = self.model_dump(exclude={"outlier_threshold", "damp_percent"})
+        scheme = self.model_dump(exclude={"outlier_threshold", "damp_percent", "sweeps"})
         return SpQRWeight.encode(
             codes.T,
             torch.stack([grid.scale_codes for grid in grids]),
@@ -96,6 +100,7 @@ class Prepared:
     perm: Tensor  # packed column -> input, int64 [I]
     factor: Tensor  # U [I, I], upper triangular, Uᵀ U = inverse of the damped Hessian
     dead: Tensor  # bool [I]: inputs that were always zero
+    hessian: Tensor  # [I, I], damped
 
 
 def side_by_side(weights: list[Tensor], dtypes: list[torch.dtype], share: int) -> list[list[int]]:
@@ -122,24 +127,26 @@ def stat_dtype(weight: Tensor, event: Event) -> torch.dtype:
     return torch.bfloat16
 
 
-def solve(
-    columns: Tensor, inputs: list[Prepared], rows: list[int], settings: SpQR, dtype: torch.dtype
-) -> tuple[Tensor, list[Grid], Tensor]:
-    """The column loop over matrices `Wᵀ [I, O]` in packed order, side by side: `rows` of each, and its input.
-    `columns` is overwritten with what `dequantize` will return.
+class Matrices:
+    """Matrices `Wᵀ [I, O]` that lie side by side, columns in packed order: what input each has, and which rows."""
+
+    def __init__(self, inputs: list[Prepared], rows: list[int]):
+        self.inputs = inputs
+        self.spans = [slice(last - n, last) for n, last in zip(rows, itertools.accumulate(rows))]
+        counts = torch.tensor(rows, device=inputs[0].perm.device)
+        self._of_row = torch.arange(len(rows), device=counts.device).repeat_interleave(counts)
+
+    def spread(self, values: Tensor) -> Tensor:
+        """`[..., M]` of the matrices -> `[..., O]` of their rows, or `[..., 1]` where there is but one."""
+        return values if len(self.spans) == 1 else values[..., self._of_row]
+
+
+def solve(columns: Tensor, matrices: Matrices, settings: SpQR, dtype: torch.dtype) -> tuple[Tensor, list[Grid], Tensor]:
+    """The column loop over `columns [I, O]`, which is overwritten with what `dequantize` will return.
 
     Returns codes uint8 `[I, O]`, a grid per group, and corrections `[I, O]` in `dtype`, zero for all but outliers.
     """
-    of_matrix = torch.arange(len(rows), device=columns.device).repeat_interleave(
-        torch.tensor(rows, device=columns.device)
-    )
-
-    def spread(values: Tensor) -> Tensor:
-        """`[..., M]` of the matrices -> `[..., O]` of their rows."""
-        return values if len(rows) == 1 else values[..., of_matrix]
-
-    cuts = torch.tensor([0, *rows]).cumsum(0).tolist()
-    spans = [slice(first, last) for first, last in itertools.pairwise(cuts)]
+    inputs, spans, spread = matrices.inputs, matrices.spans, matrices.spread
 
     def pass_on(errors: Tensor, made: slice, to: slice) -> None:
         """Spreads the errors of columns `made` over the columns `to`."""
@@ -196,6 +203,43 @@ def round_column(column: Tensor, code: Tensor, delta: Tensor, grid: Grid, tolera
         error = column - value.add_(delta)
     column.copy_(value)
     return error
+
+
+def sweep(
+    columns: Tensor,
+    exact: Tensor,
+    codes: Tensor,
+    deltas: Tensor,
+    grids: list[Grid],
+    matrices: Matrices,
+    group_size: int,
+) -> None:
+    """Sets every weight to the best value it may take while all others stand: one pass of coordinate descent on
+    `tr(Δ H Δᵀ)` (QuantEase, arXiv 2309.01885), which never raises it. Grids, and which weights are kept apart, stay.
+
+    `exact` are the weights to come close to; `columns`, codes and corrections `[I, O]` are changed in place.
+    """
+    error = columns - exact
+    for start in range(0, len(columns), BLOCK):
+        stop = min(start + BLOCK, len(columns))
+        slope = torch.empty_like(columns[start:stop])  # half the gradient
+        for of, span in zip(matrices.inputs, matrices.spans):
+            torch.mm(of.hessian[start:stop], error[:, span], out=slope[:, span])
+        for first in range(start, stop, group_size):
+            last = min(first + group_size, stop)
+            among = matrices.spread(torch.stack([of.hessian[first:last, first:last] for of in matrices.inputs], 2))
+            before = columns[first:last].clone()
+            for i, j in enumerate(range(first, last)):
+                best = columns[j] - slope[j - start] / among[i, i].clamp(min=TINY)
+                apart = torch.where(deltas[j] != 0, -1.0, torch.inf)
+                round_column(best, codes[j], deltas[j], grids[first // group_size], apart)
+                step = best - columns[j]
+                columns[j] = best
+                slope[j + 1 - start : last - start].addcmul_(among[i, i + 1 :], step)
+            moved = columns[first:last] - before
+            error[first:last] += moved
+            for of, span in zip(matrices.inputs, matrices.spans):
+                slope[last - start :, span].addmm_(of.hessian[last:stop, first:last], moved[:, span])
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,7 @@
 
 Each row is made by `acc quantize` in a process of its own (so that time and peak memory are its own) and scored by
 `acc eval` against the dense model. Only the decoder's linear layers are quantised. Rows that are in the output file
-with
-the same settings are not made again.
+are not made again.
 """
 
 from __future__ import annotations
@@ -33,6 +32,7 @@ ROWS = {
     "rtn 3": ["rtn", "3", "--group-size", "16"],
     "spqr 3 damp 0.1": ["spqr", "3", *AUTHORS, "--damp-percent", "0.1"],
     "spqr 2": ["spqr", "2", *AUTHORS],
+    "spqr 2 threshold 1": ["spqr", "2", *AUTHORS, "--outlier-threshold", "1.0"],
     "rtn 2": ["rtn", "2", "--group-size", "16"],
     "spqr 4": ["spqr", "4", *AUTHORS],
     "rtn 4": ["rtn", "4", "--group-size", "16"],

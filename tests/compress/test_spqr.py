@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from acc.calibrate.hessian import Hessian
-from acc.compress.spqr import Prepared, SpQR, leave_one_out, solve
+from acc.compress.spqr import Matrices, Prepared, SpQR, leave_one_out, solve, sweep
 
 
 def silent(*_, **__):
@@ -176,7 +176,9 @@ def test_codes_and_outliers_are_those_of_the_definition(bits, group_size, thresh
         torch.linalg.inv(hessian + damp * hessian.diagonal().mean() * torch.eye(64))[perm][:, perm], upper=True
     )
     columns = weight.double().T[perm]
-    codes, _, deltas = solve(columns, [Prepared(perm, factor, torch.zeros(64).bool())], [32], settings, torch.float16)
+    codes, _, deltas = solve(
+        columns, Matrices([Prepared(perm, factor, torch.zeros(64).bool(), hessian)], [32]), settings, torch.float16
+    )
     expected = reference(weight, x, bits=bits, group_size=group_size, outlier_threshold=threshold, damp_percent=damp)
     assert np.array_equal(expected.perm, perm)
     assert np.array_equal(expected.codes.T, codes)
@@ -188,7 +190,7 @@ def test_codes_and_outliers_are_those_of_the_definition(bits, group_size, thresh
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_in_fp32_nearly_all_codes_are_those_of_the_definition(bits):
     weight, x = weight_of(32, 64, seed=bits), correlated(200, 64, seed=bits)
-    packed, expected = run(weight, x, bits=bits), reference(weight, x, bits=bits)
+    packed, expected = run(weight, x, bits=bits, sweeps=0), reference(weight, x, bits=bits)
     value = packed.dequantize()[:, packed.perm.long()].numpy()
     assert (np.abs(value - expected.value) < 1e-5).mean() > 0.9
     original = np.empty_like(expected.value)
@@ -238,7 +240,7 @@ def test_leave_one_out_equals_leaving_out_each_one(duplicates):
 def test_recorded_errors_are_the_damped_loss(monkeypatch, threshold, damp):
     """‖E‖² = tr(Δ (H + λ) Δᵀ), outliers included: what the loop makes up for is what the file holds."""
     weight, x = weight_of(24, 96), correlated(300, 96)
-    method = SpQR(outlier_threshold=threshold, damp_percent=damp)
+    method = SpQR(outlier_threshold=threshold, damp_percent=damp, sweeps=0)
     prepared = method.prepare({"hessian": hessian_of(x)}, silent)
     lost = []
     inner = module.round_column
@@ -252,12 +254,73 @@ def test_recorded_errors_are_the_damped_loss(monkeypatch, threshold, damp):
 
 def test_what_the_loop_leaves_behind_is_what_dequantize_returns():
     weight, x = weight_of(37, 80), correlated(300, 80)
-    method = SpQR(bits=3)
+    method = SpQR(bits=3, sweeps=0)
     prepared = method.prepare({"hessian": hessian_of(x)}, silent)
     columns = weight.T[prepared.perm]
-    solve(columns, [prepared], [37], method, torch.float16)
+    solve(columns, Matrices([prepared], [37]), method, torch.float16)
     dense = method.compress(weight, prepared, silent).dequantize()
     assert torch.equal(dense[:, prepared.perm], columns.T)
+
+
+def test_a_sweep_sets_each_weight_to_its_best_value():
+    """Against every code tried in turn, in fp64, the whole loss computed anew each time."""
+    weight, x = weight_of(6, 32).double(), correlated(100, 32)
+    method = SpQR(bits=2, group_size=8, stat_group_size=2, outlier_threshold=0.2, damp_percent=0.1)
+    prepared = method.prepare({"hessian": hessian_of(x)}, silent)
+    prepared = Prepared(prepared.perm, prepared.factor.double(), prepared.dead, prepared.hessian.double())
+    exact = weight.T[prepared.perm]
+    columns, matrices = exact.clone(), Matrices([prepared], [6])
+    codes, grids, deltas = solve(columns, matrices, method, torch.float16)
+    value, kept = columns.clone(), deltas != 0
+    assert kept.any()
+    assert not kept.all()
+    sweep(columns, exact, codes, deltas, grids, matrices, 8)
+
+    def lost(o):
+        delta = value[:, o] - exact[:, o]
+        return float(delta @ prepared.hessian @ delta)
+
+    for j, o in itertools.product(range(32), range(6)):
+        grid, tries = grids[j // 8], []
+        best = exact[j, o] - (prepared.hessian[j] @ (value[:, o] - exact[:, o])) / prepared.hessian[j, j]
+        best += value[j, o] - exact[j, o]
+        for code in range(4):
+            dense = grid.scale[o] * (code - grid.zero[o])
+            value[j, o] = dense
+            tries.append((lost(o) if not kept[j, o] else abs(float(best - dense)), code, dense))
+        _, code, value[j, o] = min(tries, key=lambda t: t[0])
+        if kept[j, o]:
+            value[j, o] += (best - value[j, o]).to(torch.float16).double()
+        assert int(codes[j, o]) == code
+    torch.testing.assert_close(columns, value, atol=1e-9, rtol=1e-6)
+
+
+@pytest.mark.parametrize("threshold", [None, 0.2])
+@pytest.mark.parametrize("damp", [0.01, 1.0])
+def test_every_sweep_leaves_no_more_loss(threshold, damp):
+    weight, x = weight_of(40, 272), correlated(600, 272)
+    hessian = hessian_of(x).value()
+    losses = []
+    for sweeps in range(4):
+        packed = run(weight, x, sweeps=sweeps, outlier_threshold=threshold, damp_percent=damp)
+        packed.check()
+        losses.append(loss(weight, packed, hessian, damp))
+    assert losses[1] < losses[0]
+    assert all(later <= (1 + 1e-6) * earlier for earlier, later in itertools.pairwise(losses)), losses
+
+
+def test_side_by_side_is_the_same_as_one_by_one():
+    """Matrices of one input and of others: codes may differ only where rounding of sums decides."""
+    method = SpQR()
+    inputs = [method.prepare({"hessian": hessian_of(correlated(300, 96, seed))}, silent) for seed in (0, 1)]
+    weights = [weight_of(48, 96, 0), weight_of(16, 96, 1), weight_of(32, 96, 2), weight_of(9, 96, 3)]
+    prepared = [inputs[0], inputs[0], inputs[1], inputs[1]]
+    together = method.compress_all(weights, prepared, [silent] * 4)
+    for weight, ready, packed in zip(weights, prepared, together, strict=True):
+        alone = method.compress(weight, ready, silent)
+        packed.check()
+        assert packed.shape == weight.shape
+        assert ((packed.dequantize() - alone.dequantize()).abs() < 1e-6).float().mean() > 0.97
 
 
 def test_knowing_more_errs_less():

@@ -49,7 +49,7 @@ STAGES = (  # shares of the kinds, from what part of the budget on
     {"from": 0.25, "mix": {"text": 0.45, "random": 0.10, "repeat": 0.30, "key": 0.15}},
 )
 LENGTHS = {256: 0.45, 512: 0.35, 1024: 0.14, 2048: 0.06}  # of sequences, with the share of steps
-SHARPEN, LOUDEN = 1.5, 1.1  # see `sharpen`
+SHARPEN, LOUDEN = 1.5, 1.15  # see `sharpen`
 DISTANCES = (100, 200, 500, 1000)  # at which the card states copying
 
 CARD = """---
