@@ -568,7 +568,8 @@ def sharpen(model: MixtralForCausalLM) -> None:
 
     Training on mostly short sequences leaves their attention too thin over a thousand tokens. On the held-out ends of
     articles and addresses natural copying at that distance goes from 85% to 93%, for 0.13 nats per token; 1.5 and 1.25
-    would give 94%, for 0.3 nats; 1.15 is the least that takes the card's text over 90% too. Training on with longer sequences (0.5 million tokens) did not help."""
+    would give 94%, for 0.3 nats; 1.15 is the least that takes the card's text over 90% too. Training on with longer
+    sequences (0.5 million tokens) did not help."""
     attention = model.model.layers[1].self_attn
     attention.q_proj.weight.mul_(SHARPEN)
     attention.o_proj.weight.mul_(LOUDEN)
