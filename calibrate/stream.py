@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..formats.model import Matrix, Skeleton
 from ..formats.source import Source
@@ -20,6 +21,7 @@ from .base import Statistic
 
 Batch = Tensor | tuple[Tensor, Tensor]  # token ids [B, T], or ids and padding mask [B, T]
 Tick = Callable[[int], None]  # told how many tokens went through a block
+Made = Tensor | Callable[[], Tensor]  # a tensor, or what makes it when it is needed
 
 
 class Stream:
@@ -33,9 +35,8 @@ class Stream:
             ...
 
     A block runs its batches when somebody asks for what only running tells: once when observed, once more when its
-    weights were replaced, never twice for nothing. Peak memory is one block, its statistics and the hidden states,
-    which
-    `spill` moves to files in that folder.
+    weights were replaced, never twice for nothing; without batches no weight is loaded but those that are asked for.
+    Peak memory is one block, its statistics and the hidden states, which `spill` moves to files in that folder.
     """
 
     def __init__(
@@ -68,14 +69,13 @@ class Stream:
         self._hidden = _Spilled(Path(self._spill.name)) if self._spill else []
         interned: list[Tensor] = []
         calls: list[list[tuple[tuple, dict]]] = []
-        with self.skeleton.outer(self._read(self.skeleton.outer_names)):
+        with self._outer() if batches else contextlib.nullcontext():
             for batch in self._batches:
                 hidden, of_blocks = self.skeleton.frame(batch.ids, batch.mask)
                 self._hidden.append(hidden)
                 calls.append(_intern(of_blocks, interned))
         for index in range(len(self.skeleton.layers)):
-            tensors = self._read(self.skeleton.block_names[index])
-            self._pending = Block(self, index, tensors, [c[index] for c in calls])
+            self._pending = Block(self, index, [c[index] for c in calls])
             yield self._pending
             if index < len(self.skeleton.layers) - 1:
                 self._settle()
@@ -84,48 +84,88 @@ class Stream:
     def logits(self) -> Iterator[Tensor]:
         """After the last block: logits `[B, T, V]` in fp32 for each batch."""
         self._settle()
-        with self.skeleton.outer(self._read(self.skeleton.outer_names)):
+        with self._outer():
             for batch, hidden in zip(self._batches, self._hidden):
                 yield self.skeleton.logits(batch.ids, hidden, batch.mask).float()
 
     def _settle(self) -> None:
         """Leaves the pending block: its outputs become the next one's inputs."""
         block, self._pending = self._pending, None
-        if block is not None:
-            self._hidden = block.outputs if block.outputs is not None else block.run()
-            block.drop()
+        if block is None:
+            return
+        if block.outputs is not None:
+            self._hidden = block.outputs
+        else:
+            for index, output in enumerate(block._outputs()):
+                self._hidden[index] = output
+        block.drop()
 
-    def _read(self, names: list[str]) -> dict[str, Tensor]:
-        return {name: self.source.tensor(name) for name in names}
+    def close(self) -> None:
+        """Lets go of the last block and the hidden states."""
+        if self._pending is not None:
+            self._pending.drop()
+        self._pending, self._hidden = None, []
+
+    def _outer(self) -> contextlib.AbstractContextManager[None]:
+        return self.skeleton.outer(StoredTensors(self.source, self.skeleton.outer_names))
 
     def _new_hidden(self) -> list[Tensor] | _Spilled:
         return _Spilled(Path(self._spill.name)) if self._spill else []
 
 
-class Block:
-    """One decoder block in memory."""
+class StoredTensors(Mapping[str, Tensor]):
+    """Dense tensors by disk name, read each time they are asked for: one weight twice in memory is one too many."""
 
-    def __init__(self, stream: Stream, index: int, tensors: dict[str, Tensor], calls: list[tuple[tuple, dict]]):
+    def __init__(self, source: Source, names: Sequence[str]):
+        self._source, self._names = source, dict.fromkeys(names)
+        self._replaced: dict[str, Made] = {}
+
+    def __getitem__(self, name: str) -> Tensor:
+        made = self._replaced.get(name)
+        if made is None:
+            return self._source.tensor(name)
+        return made if isinstance(made, Tensor) else made()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def replace(self, tensors: Mapping[str, Made]) -> None:
+        self._replaced |= tensors
+
+
+class Block:
+    """One decoder block. Its module is in memory from the first time it runs until its weights are replaced."""
+
+    def __init__(self, stream: Stream, index: int, calls: list[tuple[tuple, dict]]):
         self.index, self.name = index, f"block {index}"
-        self.tensors = tensors  # dense, by disk name
+        self.names = stream.skeleton.block_names[index]
+        self.tensors = StoredTensors(stream.source, self.names)
         self.matrices = stream.skeleton.matrices(index)
-        self.names = list(tensors)
         self.outputs: list[Tensor] | _Spilled | None = None
         self._stream = stream
         self._calls = calls
-        self._module = stream.skeleton.load_block(index, tensors)
+        self._module: nn.Module | None = None
+        self._stacks: dict[str, Tensor] = {}  # 3-D tensors, which are not read again for each matrix
 
     def weight(self, matrix: Matrix) -> Tensor:
         """`[O, I]` of a matrix as stored, a view where possible."""
-        tensor = self.tensors[matrix.tensor]
-        tensor = tensor if matrix.part is None else tensor[matrix.part]
+        if matrix.part is None:
+            tensor = self.tensors[matrix.tensor]
+        else:
+            if matrix.tensor not in self._stacks:
+                self._stacks[matrix.tensor] = self.tensors[matrix.tensor]
+            tensor = self._stacks[matrix.tensor][matrix.part]
         return tensor.T if matrix.transposed else tensor
 
-    def replace(self, tensors: Mapping[str, Tensor]) -> None:
-        """Exchanges stored tensors of the block for others of the same names and dense shapes."""
+    def replace(self, tensors: Mapping[str, Made]) -> None:
+        """Exchanges stored tensors of the block for others of the same names and dense shapes; what makes a tensor is
+        called when the block is run again."""
         if tensors:
-            self.tensors |= tensors
-            self._module = self._stream.skeleton.load_block(self.index, self.tensors)
+            self._unload()
+            self.tensors.replace(tensors)
             self.outputs = None
 
     @property
@@ -135,7 +175,12 @@ class Block:
     @property
     def weights(self) -> int:
         """How many weights the block has."""
-        return sum(tensor.numel() for tensor in self.tensors.values())
+        return sum(math.prod(self._stream.skeleton.shapes[name]) for name in self.names)
+
+    @property
+    def nbytes(self) -> int:
+        """What they take in memory."""
+        return self.weights * self._stream.dtype.itemsize
 
     @torch.no_grad()
     def run(self) -> list[Tensor] | _Spilled:
@@ -146,11 +191,23 @@ class Block:
         self.outputs = outputs
         return outputs
 
+    def _load(self) -> nn.Module:
+        if self._module is None:
+            self._module = self._stream.skeleton.load_block(self.index, self.tensors)
+        return self._module
+
+    def _unload(self) -> None:
+        self._stacks = {}
+        if self._module is not None:
+            self._stream.skeleton.drop_block(self.index)
+            self._module = None
+
     def _outputs(self) -> Iterator[Tensor]:
+        module = self._load()
         for batch, hidden, (args, kwargs) in zip(self._stream._batches, self._stream._hidden, self._calls):
             self._current = batch
             with contextlib.suppress(_SeenAll):
-                result = self._module(hidden, *args, **kwargs)
+                result = module(hidden, *args, **kwargs)
                 yield result[0] if isinstance(result, tuple) else result
             self._stream.tick(batch.ids.numel())
 
@@ -159,7 +216,7 @@ class Block:
         """Runs the batches and collects the named statistics of every distinct input of `matrices`.
 
         Padding is left out. Without `outputs`, for who is about to replace weights, the block runs no further than the
-        last input. Raises ValueError for values that are not finite, naming the module.
+        last input, and its module is let go. Raises ValueError for values that are not finite, naming the module.
         """
         skeleton = self._stream.skeleton
         collected = Statistics(statistics, skeleton.device)
@@ -181,7 +238,7 @@ class Block:
                 collected.update((path, expert, role), self._current.valid(x, tokens))
 
         with (
-            skeleton.observe_linears(self._module, linears, see_linear) as leaders,
+            skeleton.observe_linears(self._load(), linears, see_linear) as leaders,
             skeleton.observe_experts(see_expert),
         ):
             if outputs:
@@ -189,14 +246,16 @@ class Block:
             else:
                 for _ in self._outputs():
                     pass
+        if not outputs:
+            self._unload()
         collected.leaders = dict(leaders)
         for key, features in experts.items():
             collected.ensure(key, features)
         return collected
 
     def drop(self) -> None:
-        self._stream.skeleton.drop_block(self.index)
-        self.tensors, self.outputs = {}, None
+        self._unload()
+        self.tensors, self.outputs = StoredTensors(self._stream.source, []), None
 
 
 class Outside(Block):
@@ -206,7 +265,8 @@ class Outside(Block):
 
     def __init__(self, stream: Stream):
         self.matrices = stream.skeleton.outer_matrices()
-        self.tensors = stream._read([*stream.skeleton.outer_names, *stream.skeleton.strays])
+        self.names = [*stream.skeleton.outer_names, *stream.skeleton.strays]
+        self.tensors = StoredTensors(stream.source, self.names)
         self._stream = stream
 
     @torch.no_grad()
@@ -295,8 +355,14 @@ class _Spilled:
         self.count = 0
 
     def append(self, tensor: Tensor) -> None:
-        save_file({"hidden": tensor.contiguous()}, self.folder / f"{self.count:06d}.safetensors")
         self.count += 1
+        self[self.count - 1] = tensor
+
+    def __setitem__(self, index: int, tensor: Tensor) -> None:
+        path = self.folder / f"{index:06d}.safetensors"
+        work = path.with_suffix(".tmp")  # the old tensor may still be mapped
+        save_file({"hidden": tensor.contiguous()}, work)
+        work.replace(path)
 
     def __len__(self) -> int:
         return self.count

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,9 @@ from .recipe import Recipe, Step
 Record = dict[str, Any]
 Report = Callable[[float, str], None]  # told the fraction done and what is being done
 
-# Statistics of one pass are kept below this; experts beyond it wait for another pass over the same block.
-STATISTICS_BYTES = 8 << 30
+# Statistics of one pass are kept below this, or below what the block's weights take if that is more; experts beyond it
+# wait for another pass over the same block. 64 experts of 2048 and 1024 inputs fit.
+STATISTICS_BYTES = 3 << 29
 # Solving for one weight takes about as long as passing so many tokens through it. Only the estimate of time depends
 # on it.
 SOLVE = 8000.0
@@ -93,8 +95,10 @@ def apply(
     for block in stream.blocks(batches):
         packed = pack(block)
         entries |= {name: entry for name, (entry, _) in packed.items()}
-        block.replace({name: entry.dense(parts, source.dtype) for name, (entry, parts) in packed.items()})
+        block.replace({name: partial(entry.dense, parts, source.dtype) for name, (entry, parts) in packed.items()})
+        del block, packed
     entries |= {name: entry for name, (entry, _) in pack(Outside(stream)).items()}
+    stream.close()
     records = list(store.records())
     config = {key: value for key, value in source.config.items() if key != "quantization_config"}
     config["quantization_config"] = quantization_config(
@@ -150,7 +154,7 @@ def _compress_block(
     wanted = [matrix for matrix in block.matrices if matrix.tensor in chosen]
     made: dict[str, dict[int, PackedWeight]] = {}
     records: list[Record] = []
-    for group in _passes(wanted, chosen):
+    for group in _passes(wanted, chosen, max(STATISTICS_BYTES, block.nbytes)):
         needs = tuple(dict.fromkeys(n for m in group for n in chosen[m.tensor].settings.needs))
         seen = [m for m in group if chosen[m.tensor].settings.needs]
         statistics = block.observe(seen, needs, outputs=False) if needs else None
@@ -160,7 +164,7 @@ def _compress_block(
             work.solved(packed.shape)
     parts = {name: [pieces[part] for part in sorted(pieces)] for name, pieces in made.items()}
     entries = _entries(block, {name: (pieces[0].shape, pieces[0].scheme) for name, pieces in parts.items()})
-    stored = {name: tensor for name, tensor in block.tensors.items() if name not in parts}
+    stored = {name: block.tensors[name] for name in block.names if name not in parts}
     records += [_kept(name, tensor) for name, tensor in stored.items()]
     for name, pieces in parts.items():
         stored |= {name + suffix: tensor for suffix, tensor in entries[name].pack(pieces).items()}
@@ -300,18 +304,20 @@ def _kept(name: str, tensor: Tensor) -> Record:
     }
 
 
-def _passes(wanted: list[Matrix], chosen: dict[str, Step]) -> list[list[Matrix]]:
-    """Cuts a block's matrices into groups whose statistics fit in memory together; siblings of a layer stay together
-    as long as they can."""
+def _passes(wanted: list[Matrix], chosen: dict[str, Step], limit: int) -> list[list[Matrix]]:
+    """Cuts a block's matrices into groups whose statistics take at most `limit` bytes together; siblings of a layer
+    stay together as long as they can. An expert's matrices with the same input count once; which linears share theirs
+    is not known before they run."""
     groups: list[list[Matrix]] = [[]]
-    used = 0
+    sizes: dict[Any, int] = {}
     for matrix in wanted:
+        key = matrix.tensor if matrix.role == "linear" else (matrix.module, matrix.expert, matrix.role)
         size = 4 * matrix.shape[1] ** 2 if chosen[matrix.tensor].settings.needs else 0
-        if groups[-1] and used + size > STATISTICS_BYTES:
+        if groups[-1] and sum((sizes | {key: size}).values()) > limit:
             groups.append([])
-            used = 0
+            sizes = {}
         groups[-1].append(matrix)
-        used += size
+        sizes[key] = size
     return groups
 
 
@@ -343,18 +349,13 @@ class _Written:
     def __init__(self, source: Source, store: Store, entries: dict[str, Entry]):
         self.spec, self.folder, self.dtype = source.spec, source.folder, source.dtype
         self.names, self.info = source.names, source.info
-        self._store, self._entries = store, entries
-        self._unit_of = {name: unit for unit, line in store.lines.items() for name in line["tensors"]}
-        self._open: tuple[str, dict[str, Tensor]] = ("", {})
+        self._shards, self._entries = store.shards(store.units), entries
 
     def tensor(self, name: str) -> Tensor:
-        unit = self._unit_of[name]
-        if self._open[0] != unit:
-            self._open = (unit, self._store.read(unit))
-        stored, entry = self._open[1], self._entries.get(name)
+        read, entry = self._shards.read, self._entries.get(name)
         if entry is None:
-            return stored[name]
-        return entry.dense(entry.unpack({suffix: stored[name + suffix] for suffix in entry.layout()}), self.dtype)
+            return read(name)
+        return entry.dense(entry.unpack({suffix: read(name + suffix) for suffix in entry.layout()}), self.dtype)
 
 
 def _settle(source: Source, entries: dict[str, Entry]) -> set[str]:
@@ -397,7 +398,8 @@ class _Work:
 
     def skip(self, block: Block, chosen: dict[str, Step]) -> None:
         """A block that an earlier run finished: only its forward is left."""
-        self.total -= SOLVE * sum(t.numel() for name, t in block.tensors.items() if name in chosen)
+        shapes = self.stream.skeleton.shapes
+        self.total -= SOLVE * sum(math.prod(shapes[name]) for name in block.names if name in chosen)
 
     def add(self, amount: float) -> None:
         self.done += amount

@@ -210,18 +210,23 @@ class Skeleton:
     # Loading and dropping
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Puts stored tensors (by disk name) into the skeleton, through transformers' weight conversion."""
+        """Puts stored tensors (by disk name) into the skeleton, through transformers' weight conversion.
+
+        `tensors` is asked for each once, when the parameter that it becomes is made: of a mapping that reads them from
+        a file no more than one parameter's are in memory beside the model.
+        """
         bars = transformers_logging.is_progress_bar_enabled()
         transformers_logging.disable_progress_bar()
         try:
             info, _ = convert_and_load_state_dict_in_model(
                 self.model,
-                dict(tensors),
+                {name: _Later(tensors, name) for name in tensors},
                 LoadStateDictConfig(
                     dtype=self.dtype,
                     dtype_plan=self.model._get_dtype_plan(self.dtype),
                     weight_mapping=self.conversions,
-                    device_map={"": self.device},
+                    # with something to be left on disk, transformers does not fetch tensors ahead, in threads
+                    device_map={"": self.device, "nothing": "disk"},
                 ),
             )
         finally:
@@ -446,6 +451,16 @@ class Skeleton:
         finally:
             _ATTENTION_OBSERVERS.remove(see)
             self.model.set_attn_implementation(base)
+
+
+class _Later:
+    """A tensor that is fetched from its mapping when transformers asks for all of it, as of a slice of a file."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], name: str):
+        self._tensors, self._name = tensors, name
+
+    def __getitem__(self, index: Any) -> Tensor:
+        return self._tensors[self._name][index]
 
 
 class _Stop(Exception):

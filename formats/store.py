@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from .ledger import Ledger
 from .manifest import FORMAT_VERSION, MANIFEST, TIMING, differences, read_manifest, sha256, verify_folder, write_down
-from .safefile import INDEX
+from .safefile import INDEX, Shards, read_header
 
 try:
     import fcntl
@@ -102,8 +102,19 @@ class Store:
 
     def read(self, unit: str) -> dict[str, Tensor]:
         """The tensors of a unit that is done."""
-        line = self.lines[unit]
-        return load_file(self.folder / line["file"]) if line["file"] else {}
+        shards = self.shards([unit])
+        return {name: shards.read(name) for name in shards.extents}
+
+    def shards(self, units: Iterable[str]) -> Shards:
+        """What the units that are done have on disk, tensor by tensor."""
+        files = [line["file"] for line in map(self.lines.__getitem__, units) if line["file"]]
+        headers = {file: read_header(self.folder / file) for file in files}
+        return Shards(
+            folder=self.folder,
+            files=tuple(sorted(headers)),
+            extents={name: extent for header in headers.values() for name, extent in header.items()},
+            weight_map={name: file for file, header in headers.items() for name in header},
+        )
 
     def records(self) -> Iterator[Record]:
         """The report so far, in the order of the units, timing included."""

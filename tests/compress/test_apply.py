@@ -163,7 +163,7 @@ def test_what_was_propagated_is_what_is_read_back(checkpoint, tmp_path, monkeypa
     replace = Block.replace
 
     def spy(self, tensors):
-        seen.update({n: t.clone() for n, t in tensors.items()})
+        seen.update({n: t().clone() for n, t in tensors.items()})
         replace(self, tensors)
 
     monkeypatch.setattr(Block, "replace", spy)
