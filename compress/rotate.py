@@ -145,10 +145,8 @@ class Rotated(Rewritten):
         if not turns:
             return plain.to(dtype) if plain.is_floating_point() else plain
         out = torch.empty(plain.shape, dtype=dtype, device=plain.device)
-        apart = all(
-            turn.axis % plain.dim() for turn in turns
-        )  # the first axis is not turned: it can be taken in pieces
-        rows = max(1, CHUNK * len(plain) // plain.numel()) if apart else len(plain)
+        first = any(turn.axis % plain.dim() == 0 for turn in turns)  # what is turned cannot be taken in pieces
+        rows = len(plain) if first else max(1, CHUNK * len(plain) // plain.numel())
         for piece, place in zip(plain.split(rows), out.split(rows)):
             wide = piece.double()
             for turn in turns:
@@ -195,8 +193,9 @@ def family_of(skeleton: Skeleton, settings: Rotate) -> Family:
         reason = MEAN if means else f"it is exact for {', '.join(sorted(EXACT))}, and the heads of some others"
         raise ValueError(f"{skeleton.family} models cannot be rotated: {reason}")
     reason = family.residual
-    if reason is None and skeleton.strays:
-        reason = f"{skeleton.strays[0]} is no part of the model that transformers runs, and might read the stream"
+    strays = [name for name in skeleton.strays if not name.endswith("rotary_emb.inv_freq")]
+    if reason is None and strays:
+        reason = f"{strays[0]} is no part of the model that transformers runs, and might read the stream"
     if settings.residual and reason is not None:
         raise ValueError(
             f"{skeleton.family}: the residual stream cannot be rotated: {reason}; rotate only the heads"

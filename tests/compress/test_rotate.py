@@ -286,7 +286,10 @@ def test_what_is_unknown_is_refused(checkpoint, tmp_path):
     for path in Path(checkpoint("llama")).iterdir():
         (tmp_path / "more" / path.name).write_bytes(path.read_bytes())
     file = tmp_path / "more" / "model.safetensors"
-    save_file(load_file(file) | {"mtp.0.weight": torch.ones(3, 64)}, file, metadata={"format": "pt"})
+    known = load_file(file) | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}  # as old files have it
+    save_file(known, file, metadata={"format": "pt"})
+    Rotate().rewrite(open_source(str(tmp_path / "more")))
+    save_file(known | {"mtp.0.weight": torch.ones(3, 64)}, file, metadata={"format": "pt"})
     source = open_source(str(tmp_path / "more"))
     with pytest.raises(ValueError, match=r"llama: .*mtp\.0\.weight is no part of the model"):
         Rotate().rewrite(source)
