@@ -15,17 +15,18 @@ from typing import Any
 ENTRY_BASES = {
     "formats": {"PackedWeight"},
     "calibrate": {"Statistic"},
-    "compress": {"Method"},
+    "compress": {"Method", "Rewrite"},
 }
 
 
 @cache
-def listing(folder: str) -> dict[str, str]:
-    """Names of the entries of `folder` (one of `ENTRY_BASES`) with the first line of their module docstring."""
+def listing(folder: str, base: str | None = None) -> dict[str, str]:
+    """Names of the entries of `folder` (one of `ENTRY_BASES`) with the first line of their module docstring; those that
+    derive from `base` alone, where it is named."""
     found = {}
     for path in sorted((Path(__file__).parent / folder).glob("*.py")):
         tree = ast.parse(path.read_text(encoding="utf-8"))
-        if _entry_class(tree, ENTRY_BASES[folder]):
+        if _entry_class(tree, ENTRY_BASES[folder] if base is None else {base}):
             found[path.stem] = (ast.get_docstring(tree) or "").partition("\n")[0]
     return found
 

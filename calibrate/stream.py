@@ -51,7 +51,7 @@ class Stream:
         self.source = source
         self.dtype = dtype or source.dtype
         shapes = {name: source.info(name).shape for name in source.names()}
-        self.skeleton = Skeleton(str(source.folder), shapes, self.dtype, device)
+        self.skeleton = Skeleton(str(source.folder), shapes, self.dtype, device, source.changes)
         self.tick = tick
         self._spill = tempfile.TemporaryDirectory(prefix="acc-hidden-", dir=spill) if spill else None
         self._batches: list[_Carried] = []

@@ -54,7 +54,7 @@ def inspect(
     screen.line()
     screen.table("", ["class", "weights", "bytes", "share"], rows)
     inside = sum(m.shape[0] * m.shape[1] for m in matrices)
-    fate = "are packed" if source.quantized else f"can be packed by {', '.join(listing('compress'))}"
+    fate = "are packed" if source.quantized else f"can be packed by {', '.join(listing('compress', 'Method'))}"
     share = stored["packed_parameters"] if source.quantized else inside
     screen.line(f"\n{percent(share / stored['parameters'])} of the weights {fate}")
     selected: list[str] = []

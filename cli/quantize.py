@@ -25,6 +25,7 @@ def quantize(
     seqlen: Annotated[int | None, typer.Option(min=2, help="tokens per sequence; default 2048, of self 512")] = None,
     targets: Annotated[list[str], typer.Option(help="what to compress: a glob, or re:REGEX; may be repeated")] = ["*"],  # noqa: B006
     ignore: Annotated[list[str], typer.Option(help="what to leave as it is: a glob, or re:REGEX")] = [],  # noqa: B006
+    rotate: Annotated[str | None, typer.Option(help="rotate the weights first: heads, residual or all")] = None,
     seed: Seed = 0,
     dtype: Dtype = "auto",
     device: Device = "cpu",
@@ -43,10 +44,13 @@ def quantize(
     from ..compress.recipe import Recipe, configure
     from ..formats.source import open_source
     from ..formats.store import Store
+    from ..registry import listing
     from .base import bits_of, check_device, check_dtype, show_text
     from .ui import Meter, Screen
 
     screen = Screen(as_json)
+    if method in listing("compress", "Rewrite"):
+        raise ValueError(f"--method {method}: it packs nothing, but can go before a method: --{method}")
     settings = context.obj | {"bits": bits}
     needs = configure(method, settings).needs
     check_device(device)
@@ -60,14 +64,20 @@ def quantize(
         {
             "dtype": dtype,
             "calibration": _calibration(source, data if needs else None, nsamples, seqlen) | {"seed": seed},
-            "steps": [{"method": method, **settings, "targets": targets, "ignore": ignore}],
+            "steps": [
+                *_rotation(rotate, seed),
+                {"method": method, **settings, "targets": targets, "ignore": ignore},
+            ],
         }
     )
     folder = out or default_name(source, method, bits)
     Store.check(folder, resume=resume, overwrite=overwrite)
-    assign(recipe, Stream(source))  # a pattern that fits nothing is found before the text is read
+    rewritten = recipe.rewrite(source)
+    assign(recipe, Stream(rewritten))  # a pattern that fits nothing is found before the text is read
     screen.line(f"Model     {model}: {source.config.get('model_type')}, {source.dtype}".replace("torch.", ""))
     screen.line(f"Method    {method}, " + ", ".join(f"{k} {v}" for k, v in settings.items()))
+    for note in rewritten.notes:
+        screen.field("Rewrite", note)
     text = _text(recipe, source) if needs else None
     batches: list[Any] = []
     if text is not None:
@@ -91,7 +101,7 @@ def quantize(
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"what is finished is kept; go on with\n  {again}") from None
     made = open_source(outcome.folder)
-    _summary(screen, source, made, outcome)
+    _summary(screen, source, rewritten, made, outcome)
     screen.next(f"acc eval {folder} --base {model} --data {_evaluation(source)}")
     screen.result(
         {
@@ -105,6 +115,15 @@ def quantize(
             "seconds": round(outcome.seconds, 2),
         }
     )
+
+
+def _rotation(which: str | None, seed: int) -> list[dict[str, Any]]:
+    """The step that `--rotate` means."""
+    if which is None:
+        return []
+    if which not in ("heads", "residual", "all"):
+        raise ValueError(f"--rotate {which}: expected heads, residual or all")
+    return [{"method": "rotate", "residual": which != "heads", "heads": which != "residual", "seed": seed}]
 
 
 def _calibration(source: Any, data: str | None, nsamples: int | None, seqlen: int | None) -> dict[str, Any]:
@@ -181,12 +200,12 @@ def _mean_error(records: list[dict[str, Any]]) -> float | None:
     return _mean(records, "relative_error")
 
 
-def _summary(screen: Any, source: Any, made: Any, outcome: Any) -> None:
+def _summary(screen: Any, source: Any, rewritten: Any, made: Any, outcome: Any) -> None:
     from .base import bits_of
     from .ui import clock, count, percent, shorten, size
 
     before, after = bits_of(source), bits_of(made)
-    of_packed = sum(source.info(name).nbytes for name in made.entries)
+    of_packed = sum(rewritten.info(name).nbytes for name in made.entries)
     nominal = _nominal(outcome.records)
     figures = {
         "whole model": (before["bytes"], after["bytes"], before["bits"], after["bits"]),

@@ -39,7 +39,8 @@ def show(
         raise ValueError(f"there is no {name!r}; there is {', '.join(near)}")
     described = {folder: _describe(screen, folder, name) for folder in homes}
     if "compress" in homes:
-        screen.next(f"acc quantize MODEL --method {name}")
+        own = name in listing("compress", "Method")
+        screen.next(f"acc quantize MODEL --method {name}" if own else f"acc quantize MODEL --{name} ...")
     screen.result(described)
 
 
@@ -53,6 +54,8 @@ def _describe(screen: Any, folder: str, name: str) -> dict[str, Any]:
     screen.line()
     if folder != "compress":
         return {"text": text}
+    from ..compress.base import Method
+
     rows, fields = [], {}
     for field, info in cls.model_fields.items():
         kind = cls.model_json_schema()["properties"][field]
@@ -63,6 +66,9 @@ def _describe(screen: Any, folder: str, name: str) -> dict[str, Any]:
     screen.line()
     for field, info in fields.items():
         screen.prose(f"{field}: {info['help']}")
+    if not issubclass(cls, Method):
+        screen.line("\nGoes before a method, and leaves what the model computes as it is")
+        return {"text": text, "fields": fields}
     screen.line(f"\nNeeds {', '.join(cls.needs) or 'no statistics'}; writes format {cls.format}")
     return {"text": text, "fields": fields, "needs": cls.needs, "format": cls.format}
 

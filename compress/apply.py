@@ -1,4 +1,4 @@
-"""The one loop that applies methods to a model: stream, collect, compress, write, go on with what was written."""
+"""The one loop that applies a recipe to a model: stream, collect, compress, write, go on with what was written."""
 
 from __future__ import annotations
 
@@ -70,11 +70,15 @@ def apply(
     compressed, OSError when the disk cannot take the output; what was finished by then stays for `resume`.
     """
     started = time.monotonic()
+    original, source = source, recipe.rewrite(source)
     dtype = None if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
     stream = Stream(source, dtype=dtype, device=device, spill=spill)
     chosen = assign(recipe, stream)
     if recipe.needs and not batches:
         raise ValueError(f"{recipe.steps[0].method} needs calibration text: name one with --data")
+    if recipe.rewrites:
+        report(0.0, "comparing with the rewritten model")
+        recipe.prove(original, device)
     units = [*(f"block {index}" for index in range(len(stream.skeleton.layers))), Outside.name]
     identity = {"acc": __version__, "recipe": recipe.to_dict(), "source": source.identity(), "data": text_record}
     size = sum(source.info(name).nbytes for name in source.names())
@@ -101,9 +105,10 @@ def apply(
     stream.close()
     records = list(store.records())
     config = {key: value for key, value in source.config.items() if key != "quantization_config"}
-    config["quantization_config"] = quantization_config(
-        {name: (entry.shape, entry.full_scheme()) for name, entry in entries.items()}
-    )
+    if entries:
+        config["quantization_config"] = quantization_config(
+            {name: (entry.shape, entry.full_scheme()) for name, entry in entries.items()}
+        )
     folder = store.close(
         config,
         source.side_files(),
@@ -131,7 +136,7 @@ def assign(recipe: Recipe, stream: Stream) -> dict[str, Step]:
             leaf = matrix.tensor.removesuffix(".weight").rpartition(".")[2]
             module = matrix.module if matrix.role == "linear" else f"{matrix.module}.{matrix.expert}.{leaf}"
             spellings.setdefault(matrix.tensor, {matrix.tensor}).add(f"{module}.weight")
-    if not spellings:
+    if recipe.steps and not spellings:
         raise ValueError(f"{stream.source.spec}: no block has a matrix that could be compressed")
     chosen: dict[str, Step] = {}
     for step in recipe.steps:
@@ -140,7 +145,7 @@ def assign(recipe: Recipe, stream: Stream) -> dict[str, Step]:
         targets = select(everywhere, spellings, "--targets") | select(named, spellings | head, "--targets")
         for name in targets - select(step.ignore, spellings | head, "--ignore"):
             chosen[name] = step
-    if not chosen:
+    if recipe.steps and not chosen:
         raise ValueError("nothing is left to compress: every target is ignored")
     return chosen
 
@@ -168,6 +173,10 @@ def _compress_block(
     records += [_kept(name, tensor) for name, tensor in stored.items()]
     for name, pieces in parts.items():
         stored |= {name + suffix: tensor for suffix, tensor in entries[name].pack(pieces).items()}
+    remarks = work.stream.source.remarks
+    records = [
+        r | ({"events": remarks[r["tensor"]] + r.get("events", [])} if r["tensor"] in remarks else {}) for r in records
+    ]
     store.write(block.name, stored, sorted(records, key=lambda r: (r["tensor"], r.get("part") or 0)))
     return {name: (entries[name], pieces) for name, pieces in parts.items()}
 
@@ -347,7 +356,7 @@ class _Written:
     source."""
 
     def __init__(self, source: Source, store: Store, entries: dict[str, Entry]):
-        self.spec, self.folder, self.dtype = source.spec, source.folder, source.dtype
+        self.spec, self.folder, self.dtype, self.changes = source.spec, source.folder, source.dtype, source.changes
         self.names, self.info = source.names, source.info
         self._shards, self._entries = store.shards(store.units), entries
 
@@ -403,4 +412,4 @@ class _Work:
 
     def add(self, amount: float) -> None:
         self.done += amount
-        self.report(min(self.done / self.total, 1.0), self.what)
+        self.report(min(self.done / max(self.total, 1.0), 1.0), self.what)

@@ -1,15 +1,20 @@
-"""What a method is: its own validated configuration, and one function from a weight to a packed weight."""
+"""What a method is: its own validated configuration, and one function from a weight to a packed weight; and what a
+rewrite is, which gives the weights another form before."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any, ClassVar
 
+import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from ..calibrate.base import Statistic
+from ..calibrate.evaluate import fingerprint_ids
+from ..calibrate.stream import Stream
 from ..formats.base import PackedWeight
+from ..formats.source import Rewritten, Source
 
 Event = Callable[..., None]  # event("damping_retry", damp_percent=0.02): lands in the tensor's line of report.jsonl
 
@@ -35,3 +40,47 @@ class Method(BaseModel):
         """The same for matrices with equally many inputs; a method that gains from taking several at once overrides
         it."""
         return [self.compress(*one) for one in zip(weights, prepared, events, strict=True)]
+
+
+TOLERANCE = (
+    1e-3  # of `Rewrite.prove`; what is left in fp32 is 1e-6 to 1e-5 of the logits, a wrong rewrite leaves about 1
+)
+
+
+class Rewrite(BaseModel):
+    """A way to write down the same model with other weights, done before any method sees them."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    @property
+    def name(self) -> str:
+        """What a recipe calls it: the name of its file."""
+        return type(self).__module__.rpartition(".")[2]
+
+    def rewrite(self, source: Source, dtype: torch.dtype | None = None) -> Rewritten:
+        """The same model, its tensors computed one at a time and rounded to their own type, or given in `dtype`.
+
+        Raises ValueError naming the family when it would not be the same."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def prove(self, source: Source, device: str = "cpu") -> float:
+        """Runs a few tokens through both models in fp32, one block at a time -> how far the logits are apart.
+
+        Relative, and the median of all positions, as a router near a tie may choose otherwise for one of them. Raises
+        ValueError naming the family when it is more than rounding."""
+        logits = []
+        for model in (source, self.rewrite(source, torch.float32)):
+            stream = Stream(model, dtype=torch.float32, device=device)
+            vocabulary = stream.skeleton.model.get_input_embeddings().num_embeddings
+            for _ in stream.blocks([fingerprint_ids(vocabulary)]):
+                pass
+            logits.append(next(iter(stream.logits()))[0].cpu())
+        before, after = (each - each.mean(-1, keepdim=True) for each in logits)
+        apart = float(((after - before).norm(dim=-1) / before.norm(dim=-1)).median())
+        if not apart <= TOLERANCE:
+            raise ValueError(
+                f"{source.config.get('model_type')}: {self.name} does not leave this model as it is: its logits move by"
+                f" {100 * apart:.2g}%; go on without it"
+            )
+        return apart

@@ -1,4 +1,4 @@
-"""A recipe: which method compresses which tensors, on what text. Written resolved beside every output it made."""
+"""A recipe: which rewrites and methods, for which tensors, on what text. Written resolved beside what it made."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError, model_validator
 
-from ..registry import lookup
-from .base import Method
+from ..formats.source import Source
+from ..registry import listing, lookup
+from .base import Method, Rewrite
 
 
 class Calibration(BaseModel):
@@ -64,7 +65,29 @@ class Recipe(BaseModel):
         "auto", pattern="^(auto|float32|bfloat16|float16)$", description="type that the blocks are run in"
     )
     calibration: Calibration = Field(default_factory=lambda: Calibration.model_validate({}))
-    steps: tuple[Step, ...] = Field(min_length=1)
+    rewrites: tuple[SerializeAsAny[Rewrite], ...] = ()  # in YAML the first of the steps
+    steps: tuple[Step, ...] = ()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _part(cls, data: Any) -> Any:
+        """Takes the rewrites out of the steps, where they stand before all methods."""
+        if not isinstance(data, dict) or not isinstance(steps := data.get("steps", ()), list | tuple):
+            return data
+        if not steps:
+            raise ValueError("steps: a recipe needs one or more")
+        if "rewrites" in data:
+            raise ValueError("rewrites: write them as the first of the steps")
+        rewrites, methods = [], []
+        for number, step in enumerate(steps):
+            name = step.get("method") if isinstance(step, dict) else None
+            if name not in listing("compress", Rewrite.__name__):
+                methods.append(step)
+            elif methods:
+                raise ValueError(f"steps.{number}: {name} changes the whole model, so it stands before every method")
+            else:
+                rewrites.append(configure(name, {key: value for key, value in step.items() if key != "method"}))
+        return data | {"rewrites": tuple(rewrites), "steps": methods}
 
     @classmethod
     def from_dict(cls, data: Any, where: str = "recipe") -> Recipe:
@@ -90,7 +113,10 @@ class Recipe(BaseModel):
             "version": self.version,
             "dtype": self.dtype,
             "calibration": self.calibration.model_dump(mode="json"),
-            "steps": [step.flat() for step in self.steps],
+            "steps": [
+                *({"method": one.name, **one.model_dump(mode="json")} for one in self.rewrites),
+                *(step.flat() for step in self.steps),
+            ],
         }
 
     def to_yaml(self) -> str:
@@ -101,9 +127,21 @@ class Recipe(BaseModel):
         """The statistics that any step asks for."""
         return tuple(dict.fromkeys(n for step in self.steps for n in step.settings.needs))
 
+    def rewrite(self, source: Source) -> Source:
+        """The source that the methods see. Raises ValueError naming a family that a rewrite is not exact for."""
+        for one in self.rewrites:
+            source = one.rewrite(source)
+        return source
 
-def configure(method: str, settings: dict[str, Any]) -> Method:
-    """The validated configuration of a method. Raises ValueError naming each wrong field and what is allowed."""
+    def prove(self, source: Source, device: str = "cpu") -> None:
+        """Raises ValueError when a rewrite does not leave what the model computes as it is."""
+        for one in self.rewrites:
+            one.prove(source, device)
+            source = one.rewrite(source)
+
+
+def configure(method: str, settings: dict[str, Any]) -> Any:
+    """A method or rewrite with its settings. Raises ValueError naming each wrong field and what is allowed."""
     cls = lookup("compress", method)
     try:
         return cls(**settings)

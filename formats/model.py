@@ -143,12 +143,19 @@ class Skeleton:
     Raises ValueError naming the family when the model is of a kind that cannot be streamed.
     """
 
-    def __init__(self, folder: str, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, device: str = "cpu"):
-        """`folder` holds config.json; `shapes` are those of the dense tensors on disk."""
+    def __init__(
+        self,
+        folder: str,
+        shapes: Mapping[str, tuple[int, ...]],
+        dtype: torch.dtype,
+        device: str = "cpu",
+        changes: Mapping[str, Any] | None = None,
+    ):
+        """`folder` holds config.json, of which `changes` replaces keys; `shapes` are those of the dense tensors."""
         self.device = torch.device(device)
         self.dtype = dtype
         self.shapes = dict(shapes)
-        config = AutoConfig.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder, **(changes or {}))
         config.__dict__.pop("quantization_config", None)
         self.family = config.model_type
         try:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -74,6 +75,9 @@ class Source:
         if not (folder / "config.json").exists():
             raise ValueError(f"{spec}: no config.json in {folder}; a model's folder has one beside its weights")
         self.config: dict[str, Any] = read_json(confined(folder, "config.json"))
+        self.changes: dict[str, Any] = {}  # in which `config` differs from the file: see Rewritten
+        self.remarks: dict[str, list[dict[str, Any]]] = {}
+        self.notes: list[str] = []
         table = _quantization(spec, self.config)
         self.quantized = table is not None
         self.shards: Shards = open_shards(folder)
@@ -191,6 +195,33 @@ class Source:
             if reason is None:
                 confined(self.folder, name)
         return found
+
+
+class Rewritten(Source):
+    """A model whose tensors are computed from another's, one at a time, when they are asked for.
+
+    It computes what the other does, so whatever streams a model streams this one. A subclass adds to `changes` the keys
+    of config.json that it replaces, to `remarks` a tensor's events for the report, to `notes` lines for the user.
+    """
+
+    def __init__(self, source: Source):
+        vars(self).update(vars(source))
+        self.before = source
+        self.entries, self.quantized = {}, False
+        self.changes, self.remarks, self.notes = dict(source.changes), dict(source.remarks), list(source.notes)
+
+    def names(self) -> list[str]:
+        return self.before.names()
+
+    def info(self, name: str) -> TensorInfo:
+        info = self.before.info(name)
+        return replace(info, nbytes=math.prod(info.shape) * info.dtype.itemsize)
+
+    def tensor(self, name: str) -> Tensor:
+        raise NotImplementedError
+
+    def packed(self, name: str) -> None:
+        self.info(name)
 
 
 def finite(tensor: Tensor, name: str) -> Tensor:

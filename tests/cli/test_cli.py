@@ -129,6 +129,28 @@ def test_settings_of_the_method_are_options(capsys, model, tmp_path):
     assert "no option --outlier-threshold" in one_line(capsys, 2, *words, "--outlier-threshold", "0.1")
 
 
+def test_rotated_first(capsys, model, text, tmp_path):
+    """The tied head of the base is untied on the way; every verb takes the result."""
+    out = tmp_path / "rotated"
+    words = ["quantize", model, out, "--data", text, "--nsamples", "4", "--seqlen", "32", "--bits", "8", "--rotate"]
+    code, said, _ = call(capsys, *words, "all", "--seed", "7")
+    assert code == 0
+    assert "Rewrite   output head untied: 32,768 bytes more" in said
+    assert "event untied: 1" in said
+    assert call(capsys, "verify", out)[0] == 0
+    assert call(capsys, "export", out, tmp_path / "dense", "--to", "dense")[0] == 0
+    for other in (out, tmp_path / "dense"):
+        compare = ["eval", other, "--base", model, "--data", text, "--window", "32", "--windows", "2"]
+        assert call(capsys, *compare, "--max-kl", "0.05")[0] == 0
+    code, said, _ = call(capsys, *words, "heads", "--overwrite", "--json")
+    assert json.loads(said)["recipe"]["steps"][0] == {"method": "rotate", "residual": False, "heads": True, "seed": 0}
+    assert "expected heads, residual or all" in one_line(capsys, 2, *words, "both")
+    assert "--rotate" in one_line(capsys, 2, "quantize", model, tmp_path / "no", "--method", "rotate")
+    code, said, _ = call(capsys, "show", "rotate")
+    assert code == 0
+    assert "--residual" in said
+
+
 def test_an_option_of_the_method_is_never_taken_for_the_output(capsys, model, tmp_path, monkeypatch):
     """Without OUT, the value of an option that only the method knows must not become the folder's name."""
     monkeypatch.chdir(tmp_path)

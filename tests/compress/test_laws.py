@@ -47,7 +47,7 @@ def output_error(packed, weight, x):
     return float((x.double() @ (packed.dequantize().double() - weight.double()).T).square().sum())
 
 
-@pytest.fixture(params=listing("compress"))
+@pytest.fixture(params=listing("compress", "Method"))
 def method(request):
     return lookup("compress", request.param)()
 

@@ -9,7 +9,7 @@ from acc.formats.base import format_of
 from acc.registry import listing, lookup
 from safetensors.torch import load_file, save_file
 
-METHODS = {name: lookup("compress", name) for name in listing("compress")}
+METHODS = {name: lookup("compress", name) for name in listing("compress", "Method")}
 SHAPES = [(16, 64), (33, 40), (1, 8), (130, 300)]
 
 

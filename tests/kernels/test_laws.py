@@ -34,7 +34,7 @@ def poison(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "new_empty", lambda *a, **k: fill(new(*a, **k)))
 
 
-@pytest.mark.parametrize("method", listing("compress"))
+@pytest.mark.parametrize("method", listing("compress", "Method"))
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_product_equals_dense_product(poison, method, shape, dtype):
@@ -52,7 +52,7 @@ def test_product_equals_dense_product(poison, method, shape, dtype):
         torch.testing.assert_close(y, expected, rtol=tolerance, atol=tolerance * shape[1] ** 0.5 * 0.1)
 
 
-@pytest.mark.parametrize("method", listing("compress"))
+@pytest.mark.parametrize("method", listing("compress", "Method"))
 def test_a_kernel_can_be_forced_and_one_that_does_not_exist_is_an_error(monkeypatch, method):
     x = torch.randn(2, 32)
     monkeypatch.setenv("ACC_KERNELS", "reference")
