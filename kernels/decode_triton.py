@@ -1,0 +1,125 @@
+"""Reading packed weights inside a Triton kernel: words to numbers, bit streams, scales and zero points.
+
+A code is never turned into an integer first. Its bits are laid as the leading mantissa bits of a float in [1, 2), which
+takes one shift and one and-or instruction: `v = 1 + code · 2^-bits`. The group's scale and zero point then undo both,
+`scale · (code - zero) = slope · v + offset`, in one fused multiply-add per weight, or per group after a dot product.
+
+`C` stands for chunks of 32 columns, `BC` and `BO` for how many chunks and rows a program holds at once.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def load_words(p_words, row_stride, m_words, BITS: tl.constexpr):
+    """The `BITS` words of each chunk and row as a tuple of `[BC, BO]`; p_words points to the first ones."""
+    words = (tl.load(p_words, mask=m_words, other=0),)
+    for i in tl.static_range(1, BITS):
+        words = words + (tl.load(p_words + i * row_stride, mask=m_words, other=0),)  # noqa: RUF005 - a Triton tuple
+    return words
+
+
+@triton.jit
+def piece(word, SHIFT: tl.constexpr, WIDTH: tl.constexpr, PLACE: tl.constexpr):
+    """`WIDTH` bits of each word, moved from bit `SHIFT` to bit `PLACE`, and nothing else."""
+    MASK: tl.constexpr = ((1 << WIDTH) - 1) << PLACE
+    if SHIFT >= PLACE:
+        moved = word >> (SHIFT - PLACE)
+    else:
+        moved = word << (PLACE - SHIFT)
+    return moved & MASK
+
+
+@triton.jit
+def mantissa(words, PAIR: tl.constexpr, HALF: tl.constexpr, BITS: tl.constexpr):
+    """Column `2 · PAIR + HALF` of the chunk as `1 + code · 2^-BITS`; the layout is the table of kernels/packing.py."""
+    WHOLE: tl.constexpr = 16 // BITS
+    REST: tl.constexpr = 16 % BITS
+    if PAIR < BITS * WHOLE:
+        bits = piece(words[PAIR // WHOLE], BITS * (PAIR % WHOLE) + 16 * HALF, BITS, 23 - BITS)
+    else:
+        FIRST: tl.constexpr = (PAIR - BITS * WHOLE) * BITS  # in the stream of what is left at the top of the halves
+        bits = tl.zeros_like(words[0])
+        for i in tl.static_range(BITS):
+            BEGIN: tl.constexpr = i * REST if i * REST > FIRST else FIRST
+            END: tl.constexpr = i * REST + REST if i * REST + REST < FIRST + BITS else FIRST + BITS
+            if BEGIN < END:
+                SHIFT: tl.constexpr = BITS * WHOLE + BEGIN - i * REST + 16 * HALF
+                bits |= piece(words[i], SHIFT, END - BEGIN, 23 - BITS + BEGIN - FIRST)
+    return (bits | 0x3F800000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def beside(left, right):
+    """Two `[BC, BO, N]` along the last dimension, `[BC, BO, 2 N]`, without leaving the registers."""
+    both = tl.permute(tl.join(left, right), (0, 1, 3, 2))
+    return tl.reshape(both, (left.shape[0], left.shape[1], 2 * left.shape[2]))
+
+
+@triton.jit
+def two_columns(words, PAIR: tl.constexpr, BITS: tl.constexpr):
+    return tl.join(mantissa(words, PAIR, 0, BITS), mantissa(words, PAIR, 1, BITS))
+
+
+@triton.jit
+def eight_columns(words, PAIR: tl.constexpr, BITS: tl.constexpr):
+    left = beside(two_columns(words, PAIR, BITS), two_columns(words, PAIR + 1, BITS))
+    right = beside(two_columns(words, PAIR + 2, BITS), two_columns(words, PAIR + 3, BITS))
+    return beside(left, right)
+
+
+@triton.jit
+def mantissas(words, FIRST: tl.constexpr, SPAN: tl.constexpr, BITS: tl.constexpr):
+    """Columns `FIRST` to `FIRST + SPAN` of the chunks, `[BC, BO, SPAN]`, as `1 + code · 2^-BITS`; SPAN 8, 16 or 32."""
+    PAIR: tl.constexpr = FIRST // 2
+    columns = eight_columns(words, PAIR, BITS)
+    if SPAN >= 16:
+        columns = beside(columns, eight_columns(words, PAIR + 4, BITS))
+    if SPAN == 32:
+        last = beside(eight_columns(words, PAIR + 8, BITS), eight_columns(words, PAIR + 12, BITS))
+        columns = beside(columns, last)
+    return columns
+
+
+@triton.jit
+def stream_code(p_stream, o_row, m_code, BITS: tl.constexpr):
+    """Codes of a little-endian bit stream as fp32; p_stream points to each code's group, o_row counts within it."""
+    p_byte = p_stream + (o_row // 8 * BITS + o_row % 8 * BITS // 8)
+    shift = o_row % 8 * BITS % 8
+    code = tl.load(p_byte, mask=m_code, other=0).to(tl.int32) >> shift
+    if 8 % BITS:
+        m_next = m_code & (shift + BITS > 8)
+        code |= tl.load(p_byte + 1, mask=m_next, other=0).to(tl.int32) << (8 - shift)
+    return (code & ((1 << BITS) - 1)).to(tl.float32)
+
+
+@triton.jit
+def slope_and_offset(
+    p_scale, p_zero, p_stat, o_group, o_row, m_group, rows,
+    BITS: tl.constexpr, SCALE_BITS: tl.constexpr, ZERO_BITS: tl.constexpr, STAT_ROWS: tl.constexpr,
+):  # fmt: skip
+    """What turns `1 + code · 2^-BITS` into a weight: `slope` and `offset`, fp32 `[BC, BO]`.
+
+    o_group int64 `[BC, 1]`, o_row `[1, BO]`. Without statistics (p_stat None) scales are floats and zero points, where
+    there are any, codes of `BITS` bits; with them both are codes that one row of `[G, ceil(O / STAT_ROWS), 4]` decodes.
+    """
+    octets = (rows + 7) // 8
+    if p_stat is None:
+        scale = tl.load(p_scale + o_group * rows + o_row, mask=m_group, other=0.0).to(tl.float32)
+        if p_zero is None:
+            zero = 1 << (BITS - 1)
+        else:
+            zero = stream_code(p_zero + o_group * (octets * BITS), o_row, m_group, BITS)
+    else:
+        stat_groups = (rows + STAT_ROWS - 1) // STAT_ROWS
+        p_four = p_stat + (o_group * stat_groups + o_row // STAT_ROWS) * 4
+        scale = stream_code(p_scale + o_group * (octets * SCALE_BITS), o_row, m_group, SCALE_BITS)
+        scale -= tl.load(p_four + 1, mask=m_group, other=0.0).to(tl.float32)
+        scale *= tl.load(p_four, mask=m_group, other=0.0).to(tl.float32)
+        zero = stream_code(p_zero + o_group * (octets * ZERO_BITS), o_row, m_group, ZERO_BITS)
+        zero -= tl.load(p_four + 3, mask=m_group, other=0.0).to(tl.float32)
+        zero *= tl.load(p_four + 2, mask=m_group, other=0.0).to(tl.float32)
+    return scale * (1 << BITS), -scale * (zero + (1 << BITS))
