@@ -7,6 +7,10 @@ takes one shift and one and-or instruction: `v = 1 + code · 2^-bits`. The group
 `C` stands for chunks of 32 columns, `BC` and `BO` for how many chunks and rows a program holds at once.
 """
 
+# Triton's own types know nothing of constexpr arguments and tuples:
+# pyright: reportArgumentType=false, reportGeneralTypeIssues=false, reportIndexIssue=false, reportCallIssue=false
+# pyright: reportOperatorIssue=false
+
 from __future__ import annotations
 
 import triton
@@ -34,21 +38,28 @@ def piece(word, SHIFT: tl.constexpr, WIDTH: tl.constexpr, PLACE: tl.constexpr):
 
 
 @triton.jit
+def leftover(bits, word, I_WORD: tl.constexpr, FIRST: tl.constexpr, HALF: tl.constexpr, BITS: tl.constexpr):
+    """`bits` with what word `I_WORD` adds to the code at `FIRST` of the stream at the top of the halves."""
+    WHOLE: tl.constexpr = 16 // BITS
+    REST: tl.constexpr = 16 % BITS
+    BEGIN: tl.constexpr = I_WORD * REST if I_WORD * REST > FIRST else FIRST
+    END: tl.constexpr = I_WORD * REST + REST if I_WORD * REST + REST < FIRST + BITS else FIRST + BITS
+    if BEGIN < END:
+        SHIFT: tl.constexpr = BITS * WHOLE + BEGIN - I_WORD * REST + 16 * HALF
+        bits |= piece(word, SHIFT, END - BEGIN, 23 - BITS + BEGIN - FIRST)
+    return bits
+
+
+@triton.jit
 def mantissa(words, PAIR: tl.constexpr, HALF: tl.constexpr, BITS: tl.constexpr):
     """Column `2 · PAIR + HALF` of the chunk as `1 + code · 2^-BITS`; the layout is the table of kernels/packing.py."""
     WHOLE: tl.constexpr = 16 // BITS
-    REST: tl.constexpr = 16 % BITS
     if PAIR < BITS * WHOLE:
         bits = piece(words[PAIR // WHOLE], BITS * (PAIR % WHOLE) + 16 * HALF, BITS, 23 - BITS)
     else:
-        FIRST: tl.constexpr = (PAIR - BITS * WHOLE) * BITS  # in the stream of what is left at the top of the halves
         bits = tl.zeros_like(words[0])
         for i in tl.static_range(BITS):
-            BEGIN: tl.constexpr = i * REST if i * REST > FIRST else FIRST
-            END: tl.constexpr = i * REST + REST if i * REST + REST < FIRST + BITS else FIRST + BITS
-            if BEGIN < END:
-                SHIFT: tl.constexpr = BITS * WHOLE + BEGIN - i * REST + 16 * HALF
-                bits |= piece(words[i], SHIFT, END - BEGIN, 23 - BITS + BEGIN - FIRST)
+            bits = leftover(bits, words[i], i, (PAIR - BITS * WHOLE) * BITS, HALF, BITS)
     return (bits | 0x3F800000).to(tl.float32, bitcast=True)
 
 
@@ -86,13 +97,25 @@ def mantissas(words, FIRST: tl.constexpr, SPAN: tl.constexpr, BITS: tl.constexpr
 
 @triton.jit
 def stream_code(p_stream, o_row, m_code, BITS: tl.constexpr):
-    """Codes of a little-endian bit stream as fp32; p_stream points to each code's group, o_row counts within it."""
-    p_byte = p_stream + (o_row // 8 * BITS + o_row % 8 * BITS // 8)
-    shift = o_row % 8 * BITS % 8
-    code = tl.load(p_byte, mask=m_code, other=0).to(tl.int32) >> shift
-    if 8 % BITS:
-        m_next = m_code & (shift + BITS > 8)
-        code |= tl.load(p_byte + 1, mask=m_next, other=0).to(tl.int32) << (8 - shift)
+    """Codes of a little-endian bit stream as fp32; p_stream points to each code's group, o_row counts within it.
+
+    Addresses that neighbouring rows visibly share are read once for the rows that a thread owns.
+    """
+    if 8 % BITS == 0:
+        shift = o_row * BITS % 8
+        code = tl.load(p_stream + o_row // (8 // BITS), mask=m_code, other=0).to(tl.int32) >> shift
+    elif BITS == 3:
+        shift = o_row % 8 * BITS
+        p_octet = p_stream + o_row // 8 * BITS
+        octet = tl.load(p_octet, mask=m_code, other=0).to(tl.int32)
+        octet |= tl.load(p_octet + 1, mask=m_code, other=0).to(tl.int32) << 8
+        octet |= tl.load(p_octet + 2, mask=m_code, other=0).to(tl.int32) << 16
+        code = octet >> shift
+    else:
+        shift = o_row % 8 * BITS % 8
+        p_byte = p_stream + (o_row // 8 * BITS + o_row % 8 * BITS // 8)
+        code = tl.load(p_byte, mask=m_code, other=0).to(tl.int32) >> shift
+        code |= tl.load(p_byte + 1, mask=m_code & (shift + BITS > 8), other=0).to(tl.int32) << (8 - shift)
     return (code & ((1 << BITS) - 1)).to(tl.float32)
 
 
@@ -103,23 +126,24 @@ def slope_and_offset(
 ):  # fmt: skip
     """What turns `1 + code · 2^-BITS` into a weight: `slope` and `offset`, fp32 `[BC, BO]`.
 
-    o_group int64 `[BC, 1]`, o_row `[1, BO]`. Without statistics (p_stat None) scales are floats and zero points, where
-    there are any, codes of `BITS` bits; with them both are codes that one row of `[G, ceil(O / STAT_ROWS), 4]` decodes.
+    o_group int64 `[BC, 1]`, o_row `[1, BO]`. Without statistics (STAT_ROWS 0) scales are floats and zero points codes,
+    or all in the middle of the grid (ZERO_BITS 0). With them both are codes, and one row of p_stat `[G, ceil(O /
+    STAT_ROWS), 4]` decodes those of STAT_ROWS rows. A kind of tensor that is not there is never read.
     """
-    octets = (rows + 7) // 8
-    if p_stat is None:
+    p_zeros = p_zero + o_group * (tl.cdiv(rows, 8) * ZERO_BITS)
+    if STAT_ROWS == 0:
         scale = tl.load(p_scale + o_group * rows + o_row, mask=m_group, other=0.0).to(tl.float32)
-        if p_zero is None:
-            zero = 1 << (BITS - 1)
+        if ZERO_BITS == 0:
+            zero = tl.full((1, 1), 1 << (BITS - 1), tl.float32)
         else:
-            zero = stream_code(p_zero + o_group * (octets * BITS), o_row, m_group, BITS)
+            zero = stream_code(p_zeros, o_row, m_group, ZERO_BITS)
     else:
-        stat_groups = (rows + STAT_ROWS - 1) // STAT_ROWS
-        p_four = p_stat + (o_group * stat_groups + o_row // STAT_ROWS) * 4
-        scale = stream_code(p_scale + o_group * (octets * SCALE_BITS), o_row, m_group, SCALE_BITS)
+        p_scales = p_scale + o_group * (tl.cdiv(rows, 8) * SCALE_BITS)
+        p_four = p_stat + (o_group * tl.cdiv(rows, STAT_ROWS) + o_row // STAT_ROWS) * 4
+        scale = stream_code(p_scales, o_row, m_group, SCALE_BITS)
         scale -= tl.load(p_four + 1, mask=m_group, other=0.0).to(tl.float32)
         scale *= tl.load(p_four, mask=m_group, other=0.0).to(tl.float32)
-        zero = stream_code(p_zero + o_group * (octets * ZERO_BITS), o_row, m_group, ZERO_BITS)
+        zero = stream_code(p_zeros, o_row, m_group, ZERO_BITS)
         zero -= tl.load(p_four + 3, mask=m_group, other=0.0).to(tl.float32)
         zero *= tl.load(p_four + 2, mask=m_group, other=0.0).to(tl.float32)
     return scale * (1 << BITS), -scale * (zero + (1 << BITS))

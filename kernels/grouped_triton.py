@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .product_triton import packed_product, refuses
+from .launch_triton import packed_product, refuses
 
 __all__ = ["grouped", "refuses"]
 
@@ -14,6 +14,6 @@ def grouped(x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, *, bit
     rows = codes.shape[-1]
     y = packed_product(
         x.reshape(-1, x.shape[-1]), None, [codes], [scale], [] if zero is None else [zero], [], [], [], [], [],
-        bits, group_size, 0, 0, 1,
+        bits, group_size, 0, 0 if zero is None else bits, 0,
     )  # fmt: skip
     return y.view(*x.shape[:-1], rows)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .product_triton import packed_product, refuses
+from .launch_triton import packed_product, refuses
 
 __all__ = ["refuses", "spqr"]
 
