@@ -17,10 +17,12 @@ def grouped_experts(
     formats/base.py stacks: concatenated on dim 0, so codes `[E · ceil(I / 32), bits, O]`, scale `[E · G, O]`.
     """
     experts = len(ends)
-    zeros = [None] * experts if zero is None else zero.chunk(experts)
+    each_codes, each_scale = codes.chunk(experts), scale.chunk(experts)
+    each_zero = [None] * experts if zero is None else zero.chunk(experts)
     y = x.new_zeros(len(x), codes.shape[-1])
     begin = 0
-    for end, *weight in zip(ends.tolist(), codes.chunk(experts), scale.chunk(experts), zeros, strict=True):
+    for i, end in enumerate(ends.tolist()):
+        weight = each_codes[i], each_scale[i], each_zero[i]
         y[begin:end] = grouped(x[begin:end], *weight, bits=bits, group_size=group_size)
         begin = end
     return y

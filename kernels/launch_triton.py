@@ -230,7 +230,7 @@ def _split(steps: int, programs: int, device: torch.device) -> tuple[int, int]:
 
 @cache
 def _processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
 # What is remembered of a weight
