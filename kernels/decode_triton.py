@@ -96,54 +96,75 @@ def mantissas(words, FIRST: tl.constexpr, SPAN: tl.constexpr, BITS: tl.constexpr
 
 
 @triton.jit
-def stream_code(p_stream, o_row, m_code, BITS: tl.constexpr):
-    """Codes of a little-endian bit stream as fp32; p_stream points to each code's group, o_row counts within it.
+def spread(b_octet, BLOCK_C: tl.constexpr, BLOCK_O: tl.constexpr):
+    """One number per octet of rows, `[BC, BO / 8]`, given to each of its rows, `[BC, BO]`."""
+    b_rows = tl.broadcast_to(b_octet[:, :, None], (BLOCK_C, BLOCK_O // 8, 8))
+    return tl.reshape(b_rows, (BLOCK_C, BLOCK_O))
 
-    Addresses that neighbouring rows visibly share are read once for the rows that a thread owns.
+
+@triton.jit
+def stream_code(
+    p_stream, o_group, o_row, o_octet, m_row, m_octet, BITS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_O: tl.constexpr
+):
+    """Codes of a little-endian bit stream, `[G, ceil(O / 8) * BITS]`, as fp32 `[BC, BO]`.
+
+    Where eight codes fit in a word a thread reads them once for all the rows that it owns.
     """
-    if 8 % BITS == 0:
-        shift = o_row * BITS % 8
-        code = tl.load(p_stream + o_row // (8 // BITS), mask=m_code, other=0).to(tl.int32) >> shift
-    elif BITS == 3:
-        shift = o_row % 8 * BITS
-        p_octet = p_stream + o_row // 8 * BITS
-        octet = tl.load(p_octet, mask=m_code, other=0).to(tl.int32)
-        octet |= tl.load(p_octet + 1, mask=m_code, other=0).to(tl.int32) << 8
-        octet |= tl.load(p_octet + 2, mask=m_code, other=0).to(tl.int32) << 16
-        code = octet >> shift
+    if BITS <= 4:
+        p_octet = p_stream + o_group + o_octet * BITS
+        b_octet = tl.load(p_octet, mask=m_octet, other=0).to(tl.int32)  # [BC, BO / 8]
+        for i in tl.static_range(1, BITS):
+            b_octet |= tl.load(p_octet + i, mask=m_octet, other=0).to(tl.int32) << 8 * i
+        code = spread(b_octet, BLOCK_C, BLOCK_O) >> o_row % 8 * BITS
     else:
         shift = o_row % 8 * BITS % 8
-        p_byte = p_stream + (o_row // 8 * BITS + o_row % 8 * BITS // 8)
-        code = tl.load(p_byte, mask=m_code, other=0).to(tl.int32) >> shift
-        code |= tl.load(p_byte + 1, mask=m_code & (shift + BITS > 8), other=0).to(tl.int32) << (8 - shift)
+        p_byte = p_stream + o_group + (o_row // 8 * BITS + o_row % 8 * BITS // 8)
+        code = tl.load(p_byte, mask=m_row, other=0).to(tl.int32) >> shift
+        code |= tl.load(p_byte + 1, mask=m_row & (shift + BITS > 8), other=0).to(tl.int32) << (8 - shift)
     return (code & ((1 << BITS) - 1)).to(tl.float32)
 
 
 @triton.jit
-def slope_and_offset(
-    p_scale, p_zero, p_stat, o_group, o_row, m_group, rows,
-    BITS: tl.constexpr, SCALE_BITS: tl.constexpr, ZERO_BITS: tl.constexpr, STAT_ROWS: tl.constexpr,
-):  # fmt: skip
-    """What turns `1 + code · 2^-BITS` into a weight: `slope` and `offset`, fp32 `[BC, BO]`.
-
-    o_group int64 `[BC, 1]`, o_row `[1, BO]`. Without statistics (STAT_ROWS 0) scales are floats and zero points codes,
-    or all in the middle of the grid (ZERO_BITS 0). With them both are codes, and one row of p_stat `[G, ceil(O /
-    STAT_ROWS), 4]` decodes those of STAT_ROWS rows. A kind of tensor that is not there is never read.
-    """
-    p_zeros = p_zero + o_group * (tl.cdiv(rows, 8) * ZERO_BITS)
-    if STAT_ROWS == 0:
-        scale = tl.load(p_scale + o_group * rows + o_row, mask=m_group, other=0.0).to(tl.float32)
-        if ZERO_BITS == 0:
-            zero = tl.full((1, 1), 1 << (BITS - 1), tl.float32)
-        else:
-            zero = stream_code(p_zeros, o_row, m_group, ZERO_BITS)
+def statistic(p_stat, o_row, o_octet, m_row, m_octet, STAT_ROWS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_O: tl.constexpr):
+    """One of the four numbers of each row's group of rows, as fp32 `[BC, BO]`."""
+    if STAT_ROWS % 8 == 0:
+        b_octet = tl.load(p_stat + o_octet // (STAT_ROWS // 8) * 4, mask=m_octet, other=0.0)
+        b_stat = spread(b_octet, BLOCK_C, BLOCK_O)
     else:
-        p_scales = p_scale + o_group * (tl.cdiv(rows, 8) * SCALE_BITS)
-        p_four = p_stat + (o_group * tl.cdiv(rows, STAT_ROWS) + o_row // STAT_ROWS) * 4
-        scale = stream_code(p_scales, o_row, m_group, SCALE_BITS)
-        scale -= tl.load(p_four + 1, mask=m_group, other=0.0).to(tl.float32)
-        scale *= tl.load(p_four, mask=m_group, other=0.0).to(tl.float32)
-        zero = stream_code(p_zeros, o_row, m_group, ZERO_BITS)
-        zero -= tl.load(p_four + 3, mask=m_group, other=0.0).to(tl.float32)
-        zero *= tl.load(p_four + 2, mask=m_group, other=0.0).to(tl.float32)
+        b_stat = tl.load(p_stat + o_row // STAT_ROWS * 4, mask=m_row, other=0.0)
+    return b_stat.to(tl.float32)
+
+
+@triton.jit
+def slope_and_offset(
+    p_scale, p_zero, p_stat, o_group, m_group, i_tile, rows,
+    BITS: tl.constexpr, SCALE_BITS: tl.constexpr, ZERO_BITS: tl.constexpr, STAT_ROWS: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_O: tl.constexpr,
+):  # fmt: skip
+    """What turns `1 + code · 2^-BITS` into a weight: `slope` and `offset`, fp32 `[BC, BO]`, of row tile `i_tile`.
+
+    o_group int64 `[BC, 1]`. Without statistics (STAT_ROWS 0) scales are floats and zero points codes, or all in the
+    middle of the grid (ZERO_BITS 0). With them both are codes, and one row of p_stat `[G, ceil(O / STAT_ROWS), 4]`
+    decodes those of STAT_ROWS rows. A kind of tensor that is not there is never read.
+    """
+    octets = tl.cdiv(rows, 8)
+    o_row = i_tile * BLOCK_O + tl.arange(0, BLOCK_O)[None, :]
+    o_octet = i_tile * (BLOCK_O // 8) + tl.arange(0, BLOCK_O // 8)[None, :]
+    m_row = m_group & (o_row < rows)
+    m_octet = m_group & (o_octet < octets)
+    if STAT_ROWS == 0:
+        scale = tl.load(p_scale + o_group * rows + o_row, mask=m_row, other=0.0).to(tl.float32)
+    else:
+        o_scale, o_stat = o_group * (octets * SCALE_BITS), o_group * (tl.cdiv(rows, STAT_ROWS) * 4)
+        scale = stream_code(p_scale, o_scale, o_row, o_octet, m_row, m_octet, SCALE_BITS, BLOCK_C, BLOCK_O)
+        scale -= statistic(p_stat + o_stat + 1, o_row, o_octet, m_row, m_octet, STAT_ROWS, BLOCK_C, BLOCK_O)
+        scale *= statistic(p_stat + o_stat, o_row, o_octet, m_row, m_octet, STAT_ROWS, BLOCK_C, BLOCK_O)
+    if ZERO_BITS == 0:
+        zero = tl.full((1, 1), 1 << (BITS - 1), tl.float32)
+    else:
+        o_zero = o_group * (octets * ZERO_BITS)
+        zero = stream_code(p_zero, o_zero, o_row, o_octet, m_row, m_octet, ZERO_BITS, BLOCK_C, BLOCK_O)
+    if STAT_ROWS > 0:
+        zero -= statistic(p_stat + o_stat + 3, o_row, o_octet, m_row, m_octet, STAT_ROWS, BLOCK_C, BLOCK_O)
+        zero *= statistic(p_stat + o_stat + 2, o_row, o_octet, m_row, m_octet, STAT_ROWS, BLOCK_C, BLOCK_O)
     return scale * (1 << BITS), -scale * (zero + (1 << BITS))

@@ -169,8 +169,8 @@ def vector_kernel(
                 b_x_sum += b_x
             o_group = (o_chunk * 32 + i) // GROUP_SIZE
             slope, offset = slope_and_offset(
-                p_scale, p_zero, p_stat, o_group.to(tl.int64), o_row, m_tile & (o_group < groups), height,
-                BITS, SCALE_BITS, ZERO_BITS, STAT_ROWS,
+                p_scale, p_zero, p_stat, o_group.to(tl.int64), o_group < groups, i_tile, height,
+                BITS, SCALE_BITS, ZERO_BITS, STAT_ROWS, BLOCK_C, BLOCK_O,
             )  # fmt: skip
             b_sum += slope * b_dot + offset * b_x_sum
     o_out = i_tile * BLOCK_O + tl.arange(0, BLOCK_O)
@@ -180,27 +180,28 @@ def vector_kernel(
 
 @triton.jit
 def dequantise(
-    words, p_scale, p_zero, p_stat, o_chunk, o_row, m_tile, groups, height,
+    words, p_scale, p_zero, p_stat, o_chunk, i_tile, groups, height,
     FIRST: tl.constexpr, WIDTH: tl.constexpr, BITS: tl.constexpr, GROUP_SIZE: tl.constexpr, SPAN: tl.constexpr,
-    SCALE_BITS: tl.constexpr, ZERO_BITS: tl.constexpr, STAT_ROWS: tl.constexpr, DTYPE: tl.constexpr,
+    SCALE_BITS: tl.constexpr, ZERO_BITS: tl.constexpr, STAT_ROWS: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_O: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """Columns `FIRST` to `FIRST + WIDTH` of the chunks as weights `[BC, BO, WIDTH]`; `SPAN` columns share a group."""
     if WIDTH > SPAN:
         HALF: tl.constexpr = WIDTH // 2
         left = dequantise(
-            words, p_scale, p_zero, p_stat, o_chunk, o_row, m_tile, groups, height, FIRST, HALF,
-            BITS, GROUP_SIZE, SPAN, SCALE_BITS, ZERO_BITS, STAT_ROWS, DTYPE,
+            words, p_scale, p_zero, p_stat, o_chunk, i_tile, groups, height, FIRST, HALF,
+            BITS, GROUP_SIZE, SPAN, SCALE_BITS, ZERO_BITS, STAT_ROWS, BLOCK_C, BLOCK_O, DTYPE,
         )  # fmt: skip
         right = dequantise(
-            words, p_scale, p_zero, p_stat, o_chunk, o_row, m_tile, groups, height, FIRST + HALF, HALF,
-            BITS, GROUP_SIZE, SPAN, SCALE_BITS, ZERO_BITS, STAT_ROWS, DTYPE,
+            words, p_scale, p_zero, p_stat, o_chunk, i_tile, groups, height, FIRST + HALF, HALF,
+            BITS, GROUP_SIZE, SPAN, SCALE_BITS, ZERO_BITS, STAT_ROWS, BLOCK_C, BLOCK_O, DTYPE,
         )  # fmt: skip
         b_w = beside(left, right)
     else:
         o_group = (o_chunk * 32 + FIRST) // GROUP_SIZE
         slope, offset = slope_and_offset(
-            p_scale, p_zero, p_stat, o_group.to(tl.int64), o_row, m_tile & (o_group < groups), height,
-            BITS, SCALE_BITS, ZERO_BITS, STAT_ROWS,
+            p_scale, p_zero, p_stat, o_group.to(tl.int64), o_group < groups, i_tile, height,
+            BITS, SCALE_BITS, ZERO_BITS, STAT_ROWS, BLOCK_C, BLOCK_O,
         )  # fmt: skip
         b_w = (mantissas(words, FIRST, WIDTH, BITS) * slope[:, :, None] + offset[:, :, None]).to(DTYPE)
     return b_w
@@ -244,8 +245,8 @@ def tile_kernel(
         m_tile = (o_chunk < chunks) & (o_row < height)  # [BC, BO]
         words = load_words(p_codes + o_chunk.to(tl.int64) * BITS * height + o_row, height, m_tile, BITS)
         b_w = dequantise(
-            words, p_scale, p_zero, p_stat, o_chunk, o_row, m_tile, groups, height, 0, 32,
-            BITS, GROUP_SIZE, SPAN, SCALE_BITS, ZERO_BITS, STAT_ROWS, DTYPE,
+            words, p_scale, p_zero, p_stat, o_chunk, i_tile, groups, height, 0, 32,
+            BITS, GROUP_SIZE, SPAN, SCALE_BITS, ZERO_BITS, STAT_ROWS, BLOCK_C, BLOCK_O, DTYPE,
         )  # [BC, BO, 32] # fmt: skip
         b_w = tl.reshape(tl.permute(b_w, (1, 0, 2)), (BLOCK_O, BLOCK_C * 32))
         o_column = first * 32 + tl.arange(0, BLOCK_C * 32)[:, None]
