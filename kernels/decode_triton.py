@@ -125,7 +125,9 @@ def stream_code(
 
 
 @triton.jit
-def statistic(p_stat, o_row, o_octet, m_row, m_octet, STAT_ROWS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_O: tl.constexpr):
+def statistic(
+    p_stat, o_row, o_octet, m_row, m_octet, STAT_ROWS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_O: tl.constexpr
+):
     """One of the four numbers of each row's group of rows, as fp32 `[BC, BO]`."""
     if STAT_ROWS % 8 == 0:
         b_octet = tl.load(p_stat + o_octet // (STAT_ROWS // 8) * 4, mask=m_octet, other=0.0)

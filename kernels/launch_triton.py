@@ -157,6 +157,7 @@ def _launch(x: Tensor, out: Tensor, ends: Tensor | None, weights: Operands, numb
     dense = {
         "x": x, "out": parts, "steps": steps, "codes": weights.codes, "scale": weights.scale,
         "zero": weights.zero or weights.scale, "stat": weights.stat or weights.scale, **shared, **numbers, **tile,
+        "enable_fp_fusion": True,
     }  # fmt: skip
     if vector:
         vector_kernel[row_tiles, tokens, splits](perm=perm, **dense)
@@ -217,8 +218,9 @@ def _tile(x: Tensor, weights: Operands, tokens: int, experts: int, vector: bool)
     per_expert = -(-tokens // max(experts, 1))
     block_t = min(max(triton.next_power_of_2(per_expert), 16), 128)
     large = block_t == 128 and dtype != torch.float32
-    tile = {"BLOCK_T": block_t if large else min(block_t, 64), "BLOCK_O": 128 if large else 64, "BLOCK_C": 2}
-    return tile | {"DTYPE": DTYPES[dtype], "PRECISION": precision, "num_warps": 8 if large else 4}
+    tile = {"BLOCK_T": block_t if large else min(block_t, 64), "BLOCK_O": 128 if large else 64}
+    tile |= {"BLOCK_C": 4 if block_t <= 32 else 2, "num_warps": 8 if large else 4}
+    return tile | {"DTYPE": DTYPES[dtype], "PRECISION": precision}
 
 
 def _split(steps: int, programs: int, device: torch.device) -> tuple[int, int]:
