@@ -9,6 +9,10 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():  # before anything imports triton, which reads it once
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 from transformers import AutoConfig, AutoModelForCausalLM
 
 torch.set_num_threads(1)  # tiny models: a second thread only waits

@@ -1,0 +1,76 @@
+"""The Triton kernels compile for GPUs that this machine does not have: the interpreter accepts more than the compiler.
+
+What comes out is PTX; the code that sums a matrix product there must sum on the tensor cores.
+"""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+SCRIPT = """
+import sys
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.backends.driver import DriverBase
+from triton.runtime import driver
+
+
+class NoGPU(DriverBase):
+    def __init__(self): pass
+    def get_current_target(self): return GPUTarget("cuda", int(sys.argv[1]), 32)
+    def get_current_device(self): return 0
+    def get_current_stream(self, device): return 0
+    @classmethod
+    def is_active(cls): return True
+    def get_active_torch_device(self): return torch.device("cpu")
+    def map_python_to_cpp_type(self, type_): return "int"
+    def get_benchmarker(self): return None
+
+
+class Compiled:
+    def __init__(self, kernel): self.kernel = kernel
+    def __getitem__(self, grid): return self.launch
+    def launch(self, **arguments):
+        ptx = self.kernel.warmup(grid=(1,), **arguments).asm["ptx"]
+        print(self.kernel.__name__, "mma" in ptx, "ld.global.v4" in ptx)
+
+
+driver.set_active(NoGPU())
+from acc.kernels import launch_triton
+from acc.kernels.packing import pack
+
+for name in ("gather_kernel", "vector_kernel", "tile_kernel", "finish_kernel"):
+    setattr(launch_triton, name, Compiled(getattr(launch_triton, name)))
+
+rows, columns, groups = 256, 512, 32
+codes = torch.zeros(16, 3, rows, dtype=torch.int32)
+stream = torch.zeros(groups, rows // 8 * 3, dtype=torch.uint8)
+stat = torch.zeros(groups, rows // 16, 4, dtype=torch.float16)
+perm = torch.arange(columns).to(torch.uint16)
+count = torch.zeros(2, rows, dtype=torch.uint8)
+count[0, 0] = 1
+spqr = [codes], [stream], [stream], [stat], [perm], [count], [count[0, :1]], [stat[0, 0, :1]]
+two = [kind * 2 for kind in spqr]
+launch_triton.packed_product(torch.zeros(1, columns, dtype=torch.bfloat16), None, *two, 3, 16, 3, 3, 16)
+ends = torch.tensor([9, 16], dtype=torch.int32)
+stacked = [[torch.cat([kind[0]] * 2)] for kind in spqr]
+launch_triton.packed_product(torch.zeros(16, columns, dtype=torch.float16), ends, *stacked, 3, 16, 3, 3, 16)
+"""
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU the other tests compile them")
+def test_compiles_for_a_gpu_that_is_not_here(tmp_path):
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, "90"], env=environment, capture_output=True, text=True, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    kernels = [line.split() for line in done.stdout.splitlines()]
+    assert [name for name, *_ in kernels] == [
+        "vector_kernel", "finish_kernel", "gather_kernel", "tile_kernel", "finish_kernel"
+    ]  # fmt: skip
+    assert kernels[0][2] == "True", "neighbouring rows' words are read four at a time"
+    assert kernels[3][1] == "True", "tiles are multiplied on the tensor cores"
