@@ -85,9 +85,10 @@ def packed_product(
     """`x [T, I]` through `M` weights: their products `[T, O_m]`, one after the other in a flat tensor.
 
     The lists are as `Operands` says, tensors as in `kernels/spqr.py` and `kernels/grouped.py`; `zero_bits` is 0 for a
-    symmetric grid, `stat_group_size` 0 for scales that are no codes. With `ends` int32 `[E]`
-    there is one matrix, a stack of `E`: the rows of `x` before `ends[0]` are for expert 0, those before `ends[1]` for
-    expert 1 and so on; rows past the last one are for none and come out as zeros.
+    symmetric grid, `stat_group_size` 0 for scales that are no codes.
+
+    With `ends` int32 `[E]` there is one matrix, a stack of `E`: the rows of `x` before `ends[0]` are for expert 0,
+    those before `ends[1]` for expert 1 and so on; rows past the last one are for none and come out as zeros.
     """
     if x.dtype not in DTYPES:
         raise ValueError(f"x is {x.dtype}; the Triton kernels take float16, bfloat16 and float32")
@@ -213,13 +214,16 @@ def _tile(x: Tensor, weights: Operands, tokens: int, experts: int, vector: bool)
     dtype, precision = x.dtype, "ieee"
     if x.dtype == torch.float16 and torch.bfloat16 in stored:  # its weights may be too large, or too small, for float16
         dtype, precision = torch.float32, "tf32"  # in which x is exact
-    if knobs.runtime.interpret:
-        dtype = torch.float32  # the interpreter takes the bits of bfloat16 for integers in a dot product
     per_expert = -(-tokens // max(experts, 1))
     block_t = min(max(triton.next_power_of_2(per_expert), 16), 128)
-    large = block_t == 128 and dtype != torch.float32
-    tile = {"BLOCK_T": block_t if large else min(block_t, 64), "BLOCK_O": 128 if large else 64}
-    tile |= {"BLOCK_C": 4 if block_t <= 32 else 2, "num_warps": 8 if large else 4}
+    if dtype == torch.float32:  # whose dot products take more registers
+        tile = {"BLOCK_T": min(block_t, 32), "BLOCK_O": 64, "BLOCK_C": 1, "num_warps": 4}
+    elif block_t == 128:
+        tile = {"BLOCK_T": 128, "BLOCK_O": 128, "BLOCK_C": 2, "num_warps": 8}
+    else:
+        tile = {"BLOCK_T": block_t, "BLOCK_O": 64, "BLOCK_C": 4 if block_t <= 32 else 2, "num_warps": 4}
+    if knobs.runtime.interpret:
+        dtype = torch.float32  # the interpreter takes the bits of bfloat16 for integers in a dot product
     return tile | {"DTYPE": DTYPES[dtype], "PRECISION": precision}
 
 

@@ -158,21 +158,22 @@ def vector_kernel(
         words = load_words(p_codes + o_chunk.to(tl.int64) * BITS * height + o_row, height, m_tile, BITS)
         for i in tl.static_range(0, 32, SPAN):
             b_dot = tl.zeros((BLOCK_C, BLOCK_O), tl.float32)
-            b_x_sum = tl.zeros((BLOCK_C, 1), tl.float32)
+            b_x_sum = tl.zeros((BLOCK_C,), tl.float32)
             for k in tl.static_range(i, i + SPAN):
-                o_column = o_chunk * 32 + k  # [BC, 1]
+                # in one dimension, so that a thread loads it once for all its rows: [BC, 1] does not before Triton 3.9
+                o_column = (first + tl.arange(0, BLOCK_C)) * 32 + k  # [BC]
                 m_column = o_column < columns
                 if perm is not None:
                     o_column = tl.load(p_perm + o_column, mask=m_column, other=0).to(tl.int32)
                 b_x = tl.load(p_x + o_column, mask=m_column, other=0.0).to(tl.float32)
-                b_dot += mantissa(words, k // 2, k % 2, BITS) * b_x
+                b_dot += mantissa(words, k // 2, k % 2, BITS) * b_x[:, None]
                 b_x_sum += b_x
             o_group = (o_chunk * 32 + i) // GROUP_SIZE
             slope, offset = slope_and_offset(
                 p_scale, p_zero, p_stat, o_group.to(tl.int64), o_group < groups, i_tile, height,
                 BITS, SCALE_BITS, ZERO_BITS, STAT_ROWS, BLOCK_C, BLOCK_O,
             )  # fmt: skip
-            b_sum += slope * b_dot + offset * b_x_sum
+            b_sum += slope * b_dot + offset * b_x_sum[:, None]
     o_out = i_tile * BLOCK_O + tl.arange(0, BLOCK_O)
     p_out = out + (tl.cast(all_rows, tl.int64) * i_split + first_row) * tokens + i_token * height
     tl.store(p_out + o_out, tl.sum(b_sum, axis=0), mask=o_out < height)

