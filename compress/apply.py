@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -70,6 +72,7 @@ def apply(
     compressed, OSError when the disk cannot take the output; what was finished by then stays for `resume`.
     """
     started = time.monotonic()
+    _give_back_memory()
     dtype = None if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
     stream = Stream(source, dtype=dtype, device=device, spill=spill)
     chosen = assign(recipe, stream)
@@ -115,6 +118,18 @@ def apply(
     report(1.0, "done")
     events = [{"tensor": r["tensor"], **event} for r in records for event in r.get("events", [])]
     return Outcome(folder, records, [*({"event": e} for e in store.events), *events], time.monotonic() - started)
+
+
+def _give_back_memory() -> None:
+    """Makes glibc return freed tensors of 8 MiB and more to the system.
+
+    It would raise that limit to 32 MiB by itself, and matrices of experts, freed between others that live, leave holes
+    that stay resident: measured 0.6 GiB while 64 experts of 2M weights are fused, and more from block to block.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        mallopt(-3, 8 << 20)  # M_MMAP_THRESHOLD
+        mallopt(-1, 64 << 20)  # M_TRIM_THRESHOLD: what is smaller is reused, not given back and taken each time
 
 
 def assign(recipe: Recipe, stream: Stream) -> dict[str, Step]:
