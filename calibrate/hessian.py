@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from ..formats.source import all_finite
 from .base import Statistic
 
 
@@ -106,7 +107,7 @@ def normalised(statistic: Statistic, event: Callable[..., None]) -> Tensor:
         reason = "no tokens"
     elif mean == 0:
         reason = "all inputs are zero"
-    elif not _finite(hessian):
+    elif not all_finite(hessian):
         reason = "the Hessian is not finite"
     else:
         return hessian.div_(mean)  # a copy of the statistic already
@@ -136,14 +137,9 @@ def inverse_factor(hessian: Tensor, damp_percent: float, event: Callable[..., No
         torch.linalg.solve_triangular(lower, factor, upper=False, out=factor)
         del lower
         factor = factor.flip(0, 1).float()
-        if _finite(factor) and (factor.diagonal() > 0).all():
+        if all_finite(factor) and (factor.diagonal() > 0).all():
             if (dtype, damp) != attempts[0]:
                 event("damping_retry", damp_percent=damp, dtype=str(dtype).removeprefix("torch."))
             return factor
     event("rounding", reason="the Hessian has no Cholesky factor")
     return torch.eye(len(hessian), device=hessian.device)
-
-
-def _finite(matrix: Tensor) -> bool:
-    """Whether all values are finite, without a copy: the least and the greatest are NaN if one value is."""
-    return bool(torch.isfinite(torch.stack(matrix.aminmax())).all())

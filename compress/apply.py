@@ -25,7 +25,7 @@ from ..formats.base import Entry, PackedWeight, Scheme, format_of, quantization_
 from ..formats.ledger import Ledger
 from ..formats.model import Matrix
 from ..formats.names import select
-from ..formats.source import Source, finite
+from ..formats.source import Source, all_finite, finite
 from ..formats.store import Store
 from .card import card
 from .recipe import Recipe, Step
@@ -285,7 +285,7 @@ def _record(
     """A matrix' line of the report. Its error is relative: of the output where the input is known, else of the
     weight."""
     delta = packed.dequantize() - weight
-    if not torch.isfinite(delta).all():
+    if not all_finite(delta):
         raise ValueError(f"{matrix.name}: {step.method} gave values that are not finite; try a larger damp_percent")
     known = next((s for s in own.values() if s.tokens), None)
     of = known.error if known is not None else lambda m: float(m.double().square().sum())
