@@ -95,7 +95,7 @@ class Stream:
             return
         if block.outputs is not None:
             self._hidden = block.outputs
-        else:
+        elif self._batches:
             for index, output in enumerate(block._outputs()):
                 self._hidden[index] = output
         block.drop()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -23,7 +25,7 @@ from ..formats.base import Entry, PackedWeight, Scheme, format_of, quantization_
 from ..formats.ledger import Ledger
 from ..formats.model import Matrix
 from ..formats.names import select
-from ..formats.source import Source, finite
+from ..formats.source import Source, all_finite, finite
 from ..formats.store import Store
 from .card import card
 from .recipe import Recipe, Step
@@ -70,6 +72,7 @@ def apply(
     compressed, OSError when the disk cannot take the output; what was finished by then stays for `resume`.
     """
     started = time.monotonic()
+    _give_back_memory()
     original, source = source, recipe.rewrite(source)
     dtype = None if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
     stream = Stream(source, dtype=dtype, device=device, spill=spill)
@@ -120,6 +123,18 @@ def apply(
     report(1.0, "done")
     events = [{"tensor": r["tensor"], **event} for r in records for event in r.get("events", [])]
     return Outcome(folder, records, [*({"event": e} for e in store.events), *events], time.monotonic() - started)
+
+
+def _give_back_memory() -> None:
+    """Makes glibc return freed tensors of 8 MiB and more to the system.
+
+    It would raise that limit to 32 MiB by itself, and matrices of experts, freed between others that live, leave holes
+    that stay resident: measured 0.6 GiB while 64 experts of 2M weights are fused, and more from block to block.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        mallopt(-3, 8 << 20)  # M_MMAP_THRESHOLD
+        mallopt(-1, 64 << 20)  # M_TRIM_THRESHOLD: what is smaller is reused, not given back and taken each time
 
 
 def assign(recipe: Recipe, stream: Stream) -> dict[str, Step]:
@@ -279,7 +294,7 @@ def _record(
     """A matrix' line of the report. Its error is relative: of the output where the input is known, else of the
     weight."""
     delta = packed.dequantize() - weight
-    if not torch.isfinite(delta).all():
+    if not all_finite(delta):
         raise ValueError(f"{matrix.name}: {step.method} gave values that are not finite; try a larger damp_percent")
     known = next((s for s in own.values() if s.tokens), None)
     of = known.error if known is not None else lambda m: float(m.double().square().sum())

@@ -33,13 +33,15 @@ def test_every_token_weighs_the_same_whatever_it_came_with():
     torch.testing.assert_close(one.value(), other.value())
 
 
-def test_second_moment_predicts_the_output_error():
+@pytest.mark.parametrize("features", [24, 1100])
+def test_second_moment_predicts_the_output_error(features):
     """tr(Δ H Δᵀ) / 2 is the mean squared error of the output."""
-    x, delta = rows(500, 24), rows(8, 24, seed=1)
-    hessian = Hessian(24)
+    x, delta = rows(500, features), rows(8, features, seed=1)
+    hessian = Hessian(features)
     hessian.update(x)
-    predicted = (delta @ hessian.value() * delta).sum() / 2
-    torch.testing.assert_close(predicted, (x @ delta.T).square().sum(1).mean())
+    true = (x @ delta.T).square().sum(1).mean()
+    torch.testing.assert_close((delta @ hessian.value() * delta).sum() / 2, true)
+    assert hessian.error(delta) == pytest.approx(float(true), rel=1e-5)
 
 
 def test_untouched_and_with_no_tokens_it_is_zero():

@@ -13,8 +13,11 @@ import time
 
 import pytest
 import torch
+from acc.calibrate.stream import Stream
+from acc.compress import apply as apply_module
 from acc.compress.apply import apply
 from acc.compress.recipe import Recipe
+from acc.formats.model import Skeleton
 from acc.formats.source import open_source
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -174,6 +177,45 @@ def test_what_was_propagated_is_what_is_read_back(checkpoint, tmp_path, monkeypa
         assert set(seen) == set(made.entries)
         for name, tensor in seen.items():
             assert torch.equal(tensor, made.tensor(name))
+
+
+def test_a_weight_is_read_when_it_is_used(checkpoint, tmp_path, monkeypatch):
+    """Without calibration no block becomes a module, and with it nothing is in memory when its weights are solved."""
+    loaded = set()
+    load, drop, solve = Skeleton.load_block, Skeleton.drop_block, apply_module._solve_batch
+
+    def spy_load(self, index, tensors):
+        loaded.add(index)
+        return load(self, index, tensors)
+
+    def spy_drop(self, index):
+        loaded.remove(index)
+        drop(self, index)
+
+    def spy_solve(*arguments):
+        assert not loaded
+        return solve(*arguments)
+
+    monkeypatch.setattr(Skeleton, "load_block", spy_load)
+    monkeypatch.setattr(Skeleton, "drop_block", spy_drop)
+    monkeypatch.setattr(apply_module, "_solve_batch", spy_solve)
+    run(checkpoint("olmoe"), tmp_path / "spqr")
+    monkeypatch.setattr(apply_module, "fingerprint_of", lambda source: {})
+    monkeypatch.setattr(Skeleton, "load_block", None)
+    run(checkpoint("olmoe"), tmp_path / "rtn", recipe("rtn"))
+
+
+def test_statistics_beyond_the_limit_wait_for_another_pass(checkpoint):
+    """Every matrix is in one pass; an expert's gate and up projection, which share their input, count once."""
+    chosen = recipe()
+    stream = Stream(open_source(str(checkpoint("olmoe"))))
+    wanted = [matrix for matrix in stream.skeleton.matrices(0) if matrix.expert is not None]
+    step = dict.fromkeys((matrix.tensor for matrix in wanted), chosen.steps[0])
+    one = 4 * (64**2 + 96**2)
+    for limit, passes in ((4 * one, 1), (2 * one, 2), (one, 4)):
+        groups = apply_module._passes(wanted, step, limit)
+        assert len(groups) == passes
+        assert [matrix for group in groups for matrix in group] == wanted
 
 
 def test_experts_with_few_and_no_tokens_are_events(checkpoint, tmp_path):
