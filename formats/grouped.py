@@ -85,7 +85,7 @@ class GroupedWeight(PackedWeight):
     def _product(self) -> Product:
         """The way this weight is multiplied, chosen at its first use."""
         dequantize = replace(self).dequantize  # a twin's, so that nothing points back here and keeps a cache alive
-        return product("grouped", self._operands(), dequantize, self.codes.device.type, **self._numbers())
+        return product("grouped", self._operands(), dequantize, self.shape[1], **self._numbers())
 
     def _operands(self) -> dict[str, Any]:
         return {"codes": self.codes, "scale": self.scale, "zero": self.zero, **self._numbers()}

@@ -80,6 +80,14 @@ class Packed(nn.Module):
         self._parts.clear()
         return self
 
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._parts.clear()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies: what is derived from the buffers is made anew there."""
+        return self.__dict__ | {"_parts": {}}
+
 
 class PackedLinear(Packed):
     """`nn.Linear` whose weight stays packed."""

@@ -166,9 +166,7 @@ class SpQRWeight(PackedWeight):
     def _product(self) -> Product:
         """The way this weight is multiplied, chosen at its first use."""
         dequantize = replace(self).dequantize  # a twin's, so that nothing points back here and keeps a cache alive
-        return product(
-            "spqr", {"perm": self.perm, **self._operands()}, dequantize, self.codes.device.type, **self._numbers()
-        )
+        return product("spqr", {"perm": self.perm, **self._operands()}, dequantize, self.shape[1], **self._numbers())
 
     def _operands(self) -> dict[str, Any]:
         return {f: getattr(self, f) for f in self.suffixes if f != "perm"} | self._numbers()

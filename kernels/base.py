@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -13,21 +14,37 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-MODES = ("reference", "cache", "triton")
+WAYS = ("reference", "cache", "compiled", "triton")
 
 Product = Callable[[Tensor], Tensor]  # x [..., I] -> x Wᵀ [..., O]
 
 
 def product(
-    op: str, operands: dict[str, Any], dequantize: Callable[[torch.dtype], Tensor], device: str = "cpu", **problem: Any
+    op: str, operands: dict[str, Any], dequantize: Callable[[torch.dtype], Tensor], columns: int, **problem: Any
 ) -> Product:
-    """`x -> x Wᵀ` for one weight whose tensors and numbers are the `operands` of `op`, a file of this folder.
+    """`x -> x Wᵀ` for one weight of `columns` inputs, whose tensors and numbers are the `operands` of `op`.
 
     `ACC_KERNELS` chooses the way: `reference`, the torch definition; `cache`, the dense weight kept after its first
-    use; `triton`, the kernel of that name. Unset: what is fastest of those that keep the weight packed.
+    use; `compiled`, C++ on the CPU; `triton`, the kernel of that name. Unset, it is the fastest one that keeps the
+    weight packed. Raises ValueError, with the reason, when a way is asked for that cannot be gone.
     """
-    if _forced() == "cache":
+    forced, device = _forced(), operands["codes"].device.type
+    if forced == "cache":
         return Cached(dequantize)
+    if forced == "compiled" or (forced == "" and device == "cpu"):
+        if device != "cpu":
+            raise ValueError(f"ACC_KERNELS=compiled runs on the CPU, the weights are on {device}; unset it")
+        try:
+            return importlib.import_module(f".{op}_compiled", __package__).prepare(columns, **operands)
+        except OSError as error:
+            if forced:
+                raise ValueError(f"ACC_KERNELS=compiled, but {error}") from None
+            # said once, as the same text from the same line is
+            warnings.warn(
+                f"acc: packed weights run slowly: {error}. ACC_KERNELS=cache is fast and takes the memory of the dense"
+                " model",
+                stacklevel=2,
+            )
     return partial(pick(op, device, **problem), **operands)
 
 
@@ -40,7 +57,7 @@ def pick(op: str, device: str = "cpu", **problem: Any) -> Callable:
     """
     forced = _forced()
     reference = getattr(importlib.import_module(f".{op}", __package__), op)
-    if forced in ("reference", "cache"):
+    if forced not in ("", "triton"):
         return reference
     if not (Path(__file__).parent / f"{op}_triton.py").exists():
         reason = f"{op} has no Triton kernel"
@@ -58,8 +75,8 @@ def pick(op: str, device: str = "cpu", **problem: Any) -> Callable:
 
 def _forced() -> str:
     forced = os.environ.get("ACC_KERNELS", "")
-    if forced not in ("", *MODES):
-        raise ValueError(f"ACC_KERNELS={forced!r}: expected one of {', '.join(MODES)}, or nothing")
+    if forced not in ("", *WAYS):
+        raise ValueError(f"ACC_KERNELS={forced!r}: expected one of {', '.join(WAYS)}, or nothing")
     return forced
 
 

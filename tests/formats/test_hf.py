@@ -3,6 +3,7 @@ wrong."""
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 import subprocess
@@ -183,3 +184,17 @@ def test_the_cache_gives_the_same_logits_and_is_dropped_when_the_model_is_cast(p
     assert torch.isfinite(model(ids()).logits).all()
     cached = [part._product.weight for m in holders for parts in m._parts.values() for part in parts]
     assert {weight.dtype for weight in cached if weight is not None} == {torch.bfloat16}
+
+
+@torch.no_grad()
+def test_a_model_that_has_run_can_be_copied_and_loaded_anew(packed):
+    model = acc.load(packed("llama", "spqr"))
+    expected = model(ids()).logits
+    twin = copy.deepcopy(model)
+    other = {name: torch.zeros_like(buffer) for name, buffer in model.state_dict().items() if "outlier" in name}
+    state = twin.state_dict()
+    model.load_state_dict(other, strict=False)
+    assert torch.equal(twin(ids()).logits, expected)
+    assert not torch.equal(model(ids()).logits, expected)
+    model.load_state_dict(state)
+    assert torch.equal(model(ids()).logits, expected)

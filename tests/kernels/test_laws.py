@@ -7,10 +7,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from acc.calibrate.hessian import Hessian
-from acc.kernels.base import MODES
+from acc.kernels.base import WAYS
 from acc.registry import listing, lookup
 
-ON_CPU = [mode for mode in MODES if mode != "triton"]
+ON_CPU = [way for way in WAYS if way != "triton"]
 SHAPES = [(1, 8), (7, 33), (16, 64), (45, 100), (64, 300)]
 
 
@@ -39,17 +39,17 @@ def poison(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "new_empty", lambda *a, **k: fill(new(*a, **k)))
 
 
-@pytest.mark.parametrize("mode", ON_CPU)
+@pytest.mark.parametrize("way", ON_CPU)
 @pytest.mark.parametrize("method", listing("compress"))
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_product_equals_dense_product(poison, monkeypatch, mode, method, shape, dtype):
-    monkeypatch.setenv("ACC_KERNELS", mode)
+def test_product_equals_dense_product(poison, monkeypatch, way, method, shape, dtype):
+    monkeypatch.setenv("ACC_KERNELS", way)
     weight = packed(method, *shape)
     dense = weight.dequantize()
     assert dense.shape == shape
     assert torch.isfinite(dense).all()
-    for lead in ((), (1,), (5,), (2, 3)):
+    for lead in ((), (1,), (5,), (2, 3), (17,)):
         x = torch.randn(*lead, shape[1], generator=torch.Generator().manual_seed(1)).to(dtype)
         y = weight.matmul(x)
         assert y.dtype == dtype
