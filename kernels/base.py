@@ -87,6 +87,11 @@ class Cached:
         self.dequantize = dequantize
         self.weight: Tensor | None = None
 
+    @property
+    def kept(self) -> list[Tensor]:
+        """What this takes beside the packed weight."""
+        return [] if self.weight is None else [self.weight]
+
     def __call__(self, x: Tensor) -> Tensor:
         if self.weight is None or self.weight.dtype != x.dtype:
             self.weight = self.dequantize(x.dtype)

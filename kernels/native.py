@@ -63,6 +63,12 @@ class Compiled:
         self.weight = Weight(rows=self.rows, columns=self.columns, perm_wide=wide, **pointers)
         self.address = ctypes.addressof(self.weight)
 
+    @property
+    def kept(self) -> list[Tensor]:
+        """What this takes beside the packed weight."""
+        start = self.tensors.get("outlier_start")
+        return [] if start is None else [start]
+
     def __call__(self, x: Tensor) -> Tensor:
         followed = x.requires_grad and torch.is_grad_enabled()
         if followed or torch.compiler.is_compiling() or x.device.type != "cpu":
