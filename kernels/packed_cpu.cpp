@@ -15,7 +15,8 @@ constexpr int LANES = 16;
 #else
 constexpr int LANES = 8;
 #endif
-constexpr int CHUNK = 32, OUTLIER_BLOCK = 256, TOKENS = 16;
+constexpr int CHUNK = 32, OUTLIER_BLOCK = 256;
+constexpr int TOKENS = 16, TILES = 64;  // taken together
 
 typedef float vf __attribute__((vector_size(4 * LANES)));
 typedef int32_t vi __attribute__((vector_size(4 * LANES)));
@@ -165,27 +166,26 @@ static INLINE bool begins(int64_t chunk, int j) {
     return (chunk * CHUNK + j) % size == 0;
 }
 
-// Walks the columns of LANES rows and hands each, decoded, to `use(column within the chunk, weights)`; `done(chunk)`
-// ends a chunk.
-template <class Use, class Done>
-static INLINE void walk(const Weight& w, int64_t row, int lanes, Use use, Done done) {
-    vf scale{}, zero{};
-    for (int64_t chunk = 0, group = 0; chunk < (w.columns + CHUNK - 1) / CHUNK; chunk++) {
-        vu words[BITS];
-        const uint32_t* from = w.codes + chunk * BITS * w.rows + row;
-        for (int b = 0; b < BITS; b++) words[b] = load<vu>(from + b * w.rows, lanes);
-        each([&](auto p) ALWAYS {
-            constexpr int P = decltype(p)::value;
-            vu half[2];
-            pair<P>(words, half[0], half[1]);
-            for (int h = 0; h < 2; h++) {
-                int j = 2 * P + h;
-                if (begins(chunk, j) && chunk * CHUNK + j < w.columns) statistics(w, group++, row, lanes, scale, zero);
-                use(j, (__builtin_convertvector((vi)half[h], vf) - zero) * scale);
-            }
-        }, std::make_integer_sequence<int, 16>{});
-        done(chunk);
-    }
+// Hands the 32 columns of a chunk, for LANES rows, to `use(column within the chunk, weights)`.
+template <class Use>
+static INLINE void decode(const Weight& w, int64_t chunk, int64_t row, int lanes, Use use) {
+    vf scale, zero;
+    int64_t group = GROUP ? chunk * CHUNK / GROUP : 0;
+    statistics(w, group, row, lanes, scale, zero);
+    vu words[BITS];
+    const uint32_t* from = w.codes + chunk * BITS * w.rows + row;
+    for (int b = 0; b < BITS; b++) words[b] = load<vu>(from + b * w.rows, lanes);
+    each([&](auto p) ALWAYS {
+        constexpr int P = decltype(p)::value;
+        vu half[2];
+        pair<P>(words, half[0], half[1]);
+        for (int h = 0; h < 2; h++) {
+            int j = 2 * P + h;
+            if (j > 0 && begins(chunk, j) && chunk * CHUNK + j < w.columns)
+                statistics(w, ++group, row, lanes, scale, zero);
+            use(j, (__builtin_convertvector((vi)half[h], vf) - zero) * scale);
+        }
+    }, std::make_integer_sequence<int, 16>{});
 }
 
 // `use(lane, column, value)` for every outlier of a tile in a block of columns.
@@ -202,70 +202,74 @@ static INLINE void outliers(const Weight& w, int64_t block, int64_t tile, int la
     }
 }
 
-// x [T, padded] in fp32 and packed order, T <= TOKENS -> sums [T, LANES] of one tile of rows
-static void tile_product(const Weight& w, const float* x, int64_t padded, int T, int64_t tile, vf* sums) {
-    int64_t row = tile * LANES;
-    int lanes = w.rows - row < LANES ? w.rows - row : LANES;
-    if (T == 1) {
-        vf part[2] = {};
-        walk(w, row, lanes,
-            [&](int j, vf weight) ALWAYS { part[j % 2] += weight * x[j]; },
-            [&](int64_t) ALWAYS { x += CHUNK; });
-        x -= padded;
-        sums[0] = part[0] + part[1];
-    } else {
-        vf column[CHUNK];
-        for (int t = 0; t < T; t++) sums[t] = vf{};
-        walk(w, row, lanes,
-            [&](int j, vf weight) ALWAYS { column[j] = weight; },
-            [&](int64_t chunk) ALWAYS {
-                const float* at = x + chunk * CHUNK;
-                int t = 0;
-                for (; t + 4 <= T; t += 4, at += 4 * padded) {
-                    vf a = sums[t], b = sums[t + 1], c = sums[t + 2], d = sums[t + 3];
-                    for (int j = 0; j < CHUNK; j++) {
-                        a += column[j] * at[j];
-                        b += column[j] * at[j + padded];
-                        c += column[j] * at[j + 2 * padded];
-                        d += column[j] * at[j + 3 * padded];
-                    }
-                    sums[t] = a, sums[t + 1] = b, sums[t + 2] = c, sums[t + 3] = d;
+static INLINE int lanes_of(const Weight& w, int64_t tile) {
+    return w.rows - tile * LANES < LANES ? w.rows - tile * LANES : LANES;
+}
+
+// x [T, padded] in fp32 and packed order, T <= TOKENS -> sums [last - first, T, LANES] of tiles of rows. Columns are the
+// outer loop: then memory is read in long runs, which processors fetch ahead (2.5 times as fast as row by row).
+static void product(const Weight& w, const float* x, int64_t padded, int T, int64_t first, int64_t last, vf* sums) {
+    for (int64_t i = 0; i < (last - first) * T; i++) sums[i] = vf{};
+    for (int64_t chunk = 0; chunk < padded / CHUNK; chunk++) {
+        const float* here = x + chunk * CHUNK;
+        for (int64_t tile = first; tile < last; tile++) {
+            vf* sum = sums + (tile - first) * T;
+            if (T == 1) {
+                vf part[2] = {};
+                decode(w, chunk, tile * LANES, lanes_of(w, tile),
+                    [&](int j, vf weight) ALWAYS { part[j % 2] += weight * here[j]; });
+                sum[0] += part[0] + part[1];
+                continue;
+            }
+            vf column[CHUNK];
+            decode(w, chunk, tile * LANES, lanes_of(w, tile), [&](int j, vf weight) ALWAYS { column[j] = weight; });
+            int t = 0;
+            for (; t + 4 <= T; t += 4) {
+                const float* at = here + t * padded;
+                vf a{}, b{}, c{}, d{};
+                for (int j = 0; j < CHUNK; j++) {
+                    a += column[j] * at[j];
+                    b += column[j] * at[j + padded];
+                    c += column[j] * at[j + 2 * padded];
+                    d += column[j] * at[j + 3 * padded];
                 }
-                for (; t < T; t++, at += padded)
-                    for (int j = 0; j < CHUNK; j++) sums[t] += column[j] * at[j];
-            });
+                sum[t] += a, sum[t + 1] += b, sum[t + 2] += c, sum[t + 3] += d;
+            }
+            for (; t < T; t++) {
+                vf part[2] = {};
+                for (int j = 0; j < CHUNK; j++) part[j % 2] += column[j] * here[j + t * padded];
+                sum[t] += part[0] + part[1];
+            }
+        }
     }
     if (w.outlier_count == nullptr) return;
     for (int64_t block = 0; block * OUTLIER_BLOCK < w.columns; block++)
-        outliers(w, block, tile, lanes, [&](int lane, int column, float value) ALWAYS {
-            const float* at = x + block * OUTLIER_BLOCK + column;
-            for (int t = 0; t < T; t++) ((float*)(sums + t))[lane] += value * at[t * padded];
-        });
+        for (int64_t tile = first; tile < last; tile++)
+            outliers(w, block, tile, lanes_of(w, tile), [&](int lane, int column, float value) ALWAYS {
+                const float* at = x + block * OUTLIER_BLOCK + column;
+                float* sum = (float*)(sums + (tile - first) * T) + lane;
+                for (int t = 0; t < T; t++) sum[t * LANES] += value * at[t * padded];
+            });
 }
 
 // The weights of one tile of rows, in packed order, to out [I, O]
-static void tile_weight(const Weight& w, int64_t tile, void* out, bool narrowed) {
-    int64_t row = tile * LANES, chunks = (w.columns + CHUNK - 1) / CHUNK;
-    int lanes = w.rows - row < LANES ? w.rows - row : LANES;
-    vf block[OUTLIER_BLOCK];
-    constexpr int64_t PER = OUTLIER_BLOCK / CHUNK;
-    vf* at = block;
-    int64_t start = 0;
-    walk(w, row, lanes,
-        [&](int j, vf weight) ALWAYS { at[j] = weight; },
-        [&](int64_t chunk) ALWAYS {
-            at += CHUNK;
-            if ((chunk + 1) % PER != 0 && chunk + 1 != chunks) return;
-            if (w.outlier_count != nullptr)
-                outliers(w, chunk / PER, tile, lanes,
-                    [&](int lane, int column, float value) ALWAYS { ((float*)(block + column))[lane] += value; });
-            for (int64_t j = 0; j < at - block && start + j < w.columns; j++) {
-                int64_t to = (start + j) * w.rows + row;
-                if (narrowed) store((uint16_t*)out + to, narrow(block[j]), lanes);
-                else store((float*)out + to, block[j], lanes);
-            }
-            start += OUTLIER_BLOCK, at = block;
-        });
+static void transpose(const Weight& w, int64_t tile, void* out, bool narrowed) {
+    int lanes = lanes_of(w, tile);
+    vf column[OUTLIER_BLOCK];
+    for (int64_t block = 0, start = 0; start < w.columns; block++, start += OUTLIER_BLOCK) {
+        int64_t width = w.columns - start < OUTLIER_BLOCK ? w.columns - start : OUTLIER_BLOCK;
+        for (int64_t at = 0; at < width; at += CHUNK)
+            decode(w, (start + at) / CHUNK, tile * LANES, lanes,
+                [&](int j, vf weight) ALWAYS { column[at + j] = weight; });
+        if (w.outlier_count != nullptr)
+            outliers(w, block, tile, lanes,
+                [&](int lane, int j, float value) ALWAYS { ((float*)(column + j))[lane] += value; });
+        for (int64_t j = 0; j < width; j++) {
+            int64_t to = (start + j) * w.rows + tile * LANES;
+            if (narrowed) store((uint16_t*)out + to, narrow(column[j]), lanes);
+            else store((float*)out + to, column[j], lanes);
+        }
+    }
 }
 
 // x [T, I] -> y [T, O], both bfloat16 if `narrowed`, else fp32; T <= TOKENS
@@ -282,16 +286,20 @@ extern "C" void acc_product(const Weight* weight, const void* x, void* y, int64_
             scratch[t * padded + j] = narrowed ? widen<true>(((const uint16_t*)x)[from]) : ((const float*)x)[from];
         }
     const float* ready = scratch.data();
+    int64_t share = (tiles + threads - 1) / threads;
+    if (share > TILES) share = TILES;
 #pragma omp parallel for num_threads(threads) if (threads > 1)
-    for (int64_t tile = 0; tile < tiles; tile++) {
-        vf sums[TOKENS];
-        tile_product(w, ready, padded, T, tile, sums);
-        int lanes = w.rows - tile * LANES < LANES ? w.rows - tile * LANES : LANES;
-        for (int64_t t = 0; t < T; t++) {
-            int64_t to = t * w.rows + tile * LANES;
-            if (narrowed) store((uint16_t*)y + to, narrow(sums[t]), lanes);
-            else store((float*)y + to, sums[t], lanes);
-        }
+    for (int64_t first = 0; first < tiles; first += share) {
+        int64_t last = first + share < tiles ? first + share : tiles;
+        vf sums[TILES * TOKENS];
+        product(w, ready, padded, T, first, last, sums);
+        for (int64_t tile = first; tile < last; tile++)
+            for (int64_t t = 0; t < T; t++) {
+                vf sum = sums[(tile - first) * T + t];
+                int64_t to = t * w.rows + tile * LANES;
+                if (narrowed) store((uint16_t*)y + to, narrow(sum), lanes_of(w, tile));
+                else store((float*)y + to, sum, lanes_of(w, tile));
+            }
     }
 }
 
@@ -299,5 +307,5 @@ extern "C" void acc_product(const Weight* weight, const void* x, void* y, int64_
 extern "C" void acc_weight(const Weight* weight, void* out, int64_t narrowed, int64_t threads) {
     const Weight& w = *weight;
 #pragma omp parallel for num_threads(threads) if (threads > 1)
-    for (int64_t tile = 0; tile < (w.rows + LANES - 1) / LANES; tile++) tile_weight(w, tile, out, narrowed);
+    for (int64_t tile = 0; tile < (w.rows + LANES - 1) / LANES; tile++) transpose(w, tile, out, narrowed);
 }
