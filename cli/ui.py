@@ -33,6 +33,8 @@ def quiet() -> None:
     # Threads that wait should sleep: on two busy cores spinning ones made sampling from the demo 6 to 25 times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     warnings.filterwarnings("ignore")
+    warnings.filterwarnings("once", message="acc: ")  # our own
+    warnings.showwarning = lambda message, *_, **__: print(message, file=sys.stderr)
     logging.disable(logging.WARNING)
 
 

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from ..kernels.base import pick
+from ..kernels.base import Product, product
 from ..kernels.grouped import grouped_weight
 from ..kernels.packing import CHUNK, pack, pack_stream
 from .base import PackedWeight, Scheme
@@ -71,7 +70,7 @@ class GroupedWeight(PackedWeight):
         return grouped_weight(**self._operands(), columns=self.shape[1]).to(dtype).contiguous()
 
     def matmul(self, x: Tensor) -> Tensor:
-        return self._kernel(x, **self._operands())
+        return self._product(x)
 
     def check(self) -> None:
         if not torch.isfinite(self.scale).all() or (self.scale < 0).any():
@@ -83,8 +82,10 @@ class GroupedWeight(PackedWeight):
         return bits + (8 * SCALE_DTYPES[scheme["scale_dtype"]].itemsize + zero) / _width(shape, scheme)
 
     @cached_property
-    def _kernel(self) -> Callable[..., Tensor]:
-        return pick("grouped", device=self.codes.device.type, **self._numbers())
+    def _product(self) -> Product:
+        """The way this weight is multiplied, chosen at its first use."""
+        dequantize = replace(self).dequantize  # a twin's, so that nothing points back here and keeps a cache alive
+        return product("grouped", self._operands(), dequantize, self.shape[1], **self._numbers())
 
     def _operands(self) -> dict[str, Any]:
         return {"codes": self.codes, "scale": self.scale, "zero": self.zero, **self._numbers()}

@@ -80,6 +80,14 @@ class Packed(nn.Module):
         self._parts.clear()
         return self
 
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._parts.clear()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies: what is derived from the buffers is made anew there."""
+        return self.__dict__ | {"_parts": {}}
+
 
 class PackedLinear(Packed):
     """`nn.Linear` whose weight stays packed."""
@@ -253,3 +261,25 @@ def load(folder: str | Path, **options: Any) -> Any:
 
     source = open_source(str(folder))
     return AutoModelForCausalLM.from_pretrained(source.folder, **({"dtype": "auto"} | options))
+
+
+def packed_weights(model: nn.Module) -> list[PackedWeight]:
+    """Every packed matrix of a loaded model, as its modules use it."""
+    holders = [module for module in model.modules() if isinstance(module, Packed)]
+    return [weight for holder in holders for leaf in holder._specs for weight in holder.parts(leaf)]
+
+
+def choose_kernels(model: nn.Module) -> None:
+    """Has every packed weight read `ACC_KERNELS` anew at its next use; what the old kernels kept is dropped."""
+    for module in model.modules():
+        if isinstance(module, Packed):
+            module._parts.clear()
+
+
+def resident(model: nn.Module) -> tuple[int, int]:
+    """Bytes of a model's parameters and buffers, tied ones once, and of what the kernels keep beside them."""
+    tensors = [*model.parameters(), *model.buffers()]
+    products = [vars(weight).get("_product") for weight in packed_weights(model)]
+    kept = [tensor for product in products for tensor in getattr(product, "kept", [])]
+    own, beside = (sum(t.numel() * t.element_size() for t in found) for found in (tensors, kept))
+    return own, beside

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from ..kernels.base import pick
+from ..kernels.base import Product, product
 from ..kernels.packing import CHUNK, pack, pack_stream
 from ..kernels.spqr import OUTLIER_BLOCK, outlier_position, outliers_per_row, spqr_weight
 from .base import PackedWeight, Scheme
@@ -136,7 +135,7 @@ class SpQRWeight(PackedWeight):
         return weight.contiguous()
 
     def matmul(self, x: Tensor) -> Tensor:
-        return self._kernel(x, perm=self.perm, **self._operands())
+        return self._product(x)
 
     def check(self) -> None:
         columns = self.shape[1]
@@ -164,8 +163,10 @@ class SpQRWeight(PackedWeight):
         return {"outliers": len(self.outlier_value)}
 
     @cached_property
-    def _kernel(self) -> Callable[..., Tensor]:
-        return pick("spqr", device=self.codes.device.type, **self._numbers())
+    def _product(self) -> Product:
+        """The way this weight is multiplied, chosen at its first use."""
+        dequantize = replace(self).dequantize  # a twin's, so that nothing points back here and keeps a cache alive
+        return product("spqr", {"perm": self.perm, **self._operands()}, dequantize, self.shape[1], **self._numbers())
 
     def _operands(self) -> dict[str, Any]:
         return {f: getattr(self, f) for f in self.suffixes if f != "perm"} | self._numbers()

@@ -1,37 +1,101 @@
-"""Choosing between the torch definition of an operation and its Triton twin, once, when a module is built."""
+"""How a packed weight is multiplied: the ways there are, and choosing one of them, once, when a module is built."""
 
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import os
+import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+WAYS = ("reference", "cache", "compiled", "triton")
+
+Product = Callable[[Tensor], Tensor]  # x [..., I] -> x Wᵀ [..., O]
+
+
+def product(
+    op: str, operands: dict[str, Any], dequantize: Callable[[torch.dtype], Tensor], columns: int, **problem: Any
+) -> Product:
+    """`x -> x Wᵀ` for one weight of `columns` inputs, whose tensors and numbers are the `operands` of `op`.
+
+    `ACC_KERNELS` chooses the way: `reference`, the torch definition; `cache`, the dense weight kept after its first
+    use; `compiled`, C++ on the CPU; `triton`, the kernel of that name. Unset, it is the fastest one that keeps the
+    weight packed. Raises ValueError, with the reason, when a way is asked for that cannot be gone.
+    """
+    forced, device = _forced(), operands["codes"].device.type
+    if forced == "cache":
+        return Cached(dequantize)
+    if forced == "compiled" or (forced == "" and device == "cpu"):
+        if device != "cpu":
+            raise ValueError(f"ACC_KERNELS=compiled runs on the CPU, the weights are on {device}; unset it")
+        try:
+            return importlib.import_module(f".{op}_compiled", __package__).prepare(columns, **operands)
+        except OSError as error:
+            if forced:
+                raise ValueError(f"ACC_KERNELS=compiled, but {error}") from None
+            # said once, as the same text from the same line is
+            warnings.warn(
+                f"acc: packed weights run slowly: {error}. ACC_KERNELS=cache is fast and takes the memory of the dense"
+                " model",
+                stacklevel=2,
+            )
+    return partial(pick(op, device, **problem), **operands)
+
 
 def pick(op: str, device: str = "cpu", **problem: Any) -> Callable:
-    """The function that runs `op` (a file of this folder) on tensors of `device`.
+    """The function that runs `op` on tensors of `device`.
 
     `kernels/<op>.py` defines `<op>`; `kernels/<op>_triton.py`, where it exists, defines a function of the same name and
-    signature and `refuses(device=..., **problem) -> str | None`. `ACC_KERNELS=reference|triton` forces one of the two.
-
-    Raises ValueError when a forced kernel refuses, with its reason.
+    signature and `refuses(device=..., **problem) -> str | None`. Raises ValueError when a forced kernel refuses, with
+    its reason.
     """
-    forced = os.environ.get("ACC_KERNELS", "")
-    if forced not in ("", "reference", "triton"):
-        raise ValueError(f"ACC_KERNELS={forced!r}: expected 'reference' or 'triton'")
+    forced = _forced()
     reference = getattr(importlib.import_module(f".{op}", __package__), op)
-    if forced == "reference":
+    if forced not in ("", "triton"):
         return reference
     if not (Path(__file__).parent / f"{op}_triton.py").exists():
         reason = f"{op} has no Triton kernel"
     elif device == "cpu" and forced != "triton":
         reason = "tensors are on the CPU"
+    elif importlib.util.find_spec("triton") is None:
+        reason = "triton is not installed"
     else:
         twin = importlib.import_module(f".{op}_triton", __package__)
         reason = twin.refuses(device=device, **problem)
         if reason is None:
             return getattr(twin, op)
     if forced == "triton":
-        raise ValueError(f"ACC_KERNELS=triton, but {reason}; unset it to use the reference")
+        raise ValueError(f"ACC_KERNELS=triton, but {reason}; unset it to use the default")
     return reference
+
+
+def _forced() -> str:
+    forced = os.environ.get("ACC_KERNELS", "")
+    if forced not in ("", *WAYS):
+        raise ValueError(f"ACC_KERNELS={forced!r}: expected one of {', '.join(WAYS)}, or nothing")
+    return forced
+
+
+class Cached:
+    """The product with the dense weight, which is made at the first use, in the type of that `x`, and then kept."""
+
+    def __init__(self, dequantize: Callable[[torch.dtype], Tensor]):
+        self.dequantize = dequantize
+        self.weight: Tensor | None = None
+
+    @property
+    def kept(self) -> list[Tensor]:
+        """What this takes beside the packed weight."""
+        return [] if self.weight is None else [self.weight]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self.weight is None or self.weight.dtype != x.dtype:
+            self.weight = self.dequantize(x.dtype)
+        return F.linear(x, self.weight)

@@ -3,6 +3,7 @@ wrong."""
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 import subprocess
@@ -13,6 +14,7 @@ import pytest
 import torch
 from acc.compress.apply import apply
 from acc.compress.recipe import Recipe
+from acc.formats.hf import Packed
 from acc.formats.source import open_source
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -166,3 +168,33 @@ def test_moving_and_casting_never_rounds_packed_tensors(packed):
         assert torch.equal(buffer, before[name])
     y = module(torch.randn(2, 64, dtype=torch.bfloat16))
     assert y.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("family", ["llama", "olmoe"])
+@torch.no_grad()
+def test_the_cache_gives_the_same_logits_and_is_dropped_when_the_model_is_cast(packed, monkeypatch, family):
+    expected = acc.load(packed(family, "spqr"), dtype=torch.float32)(ids()).logits
+    monkeypatch.setenv("ACC_KERNELS", "cache")
+    model = acc.load(packed(family, "spqr"), dtype=torch.float32)
+    torch.testing.assert_close(model(ids()).logits, expected, rtol=0, atol=2e-4)
+    holders = [m for m in model.modules() if isinstance(m, Packed) and m._parts]
+    assert holders
+    model.to(torch.bfloat16)
+    assert not any(m._parts for m in holders)
+    assert torch.isfinite(model(ids()).logits).all()
+    cached = [part._product.weight for m in holders for parts in m._parts.values() for part in parts]
+    assert {weight.dtype for weight in cached if weight is not None} == {torch.bfloat16}
+
+
+@torch.no_grad()
+def test_a_model_that_has_run_can_be_copied_and_loaded_anew(packed):
+    model = acc.load(packed("llama", "spqr"))
+    expected = model(ids()).logits
+    twin = copy.deepcopy(model)
+    other = {name: torch.zeros_like(buffer) for name, buffer in model.state_dict().items() if "outlier_value" in name}
+    state = twin.state_dict()
+    model.load_state_dict(other, strict=False)
+    assert torch.equal(twin(ids()).logits, expected)
+    assert not torch.equal(model(ids()).logits, expected)
+    model.load_state_dict(state)
+    assert torch.equal(model(ids()).logits, expected)

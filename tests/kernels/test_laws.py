@@ -1,11 +1,16 @@
 """Every format's product equals the dense product with what it dequantises to, at odd shapes and in every type."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 import torch.nn.functional as F
 from acc.calibrate.hessian import Hessian
+from acc.kernels.base import WAYS
 from acc.registry import listing, lookup
 
+ON_CPU = [way for way in WAYS if way != "triton"]
 SHAPES = [(1, 8), (7, 33), (16, 64), (45, 100), (64, 300)]
 
 
@@ -34,15 +39,17 @@ def poison(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "new_empty", lambda *a, **k: fill(new(*a, **k)))
 
 
+@pytest.mark.parametrize("way", ON_CPU)
 @pytest.mark.parametrize("method", listing("compress", "Method"))
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_product_equals_dense_product(poison, method, shape, dtype):
+def test_product_equals_dense_product(poison, monkeypatch, way, method, shape, dtype):
+    monkeypatch.setenv("ACC_KERNELS", way)
     weight = packed(method, *shape)
     dense = weight.dequantize()
     assert dense.shape == shape
     assert torch.isfinite(dense).all()
-    for lead in ((), (1,), (5,), (2, 3)):
+    for lead in ((), (1,), (5,), (2, 3), (17,)):
         x = torch.randn(*lead, shape[1], generator=torch.Generator().manual_seed(1)).to(dtype)
         y = weight.matmul(x)
         assert y.dtype == dtype
@@ -53,10 +60,24 @@ def test_product_equals_dense_product(poison, method, shape, dtype):
 
 
 @pytest.mark.parametrize("method", listing("compress", "Method"))
-def test_a_kernel_can_be_forced_and_one_that_does_not_exist_is_an_error(monkeypatch, method):
-    x = torch.randn(2, 32)
-    monkeypatch.setenv("ACC_KERNELS", "reference")
-    assert torch.isfinite(packed(method, 8, 32).matmul(x)).all()
+def test_a_way_that_does_not_exist_is_an_error(monkeypatch, method):
     monkeypatch.setenv("ACC_KERNELS", "fastest")
-    with pytest.raises(ValueError, match="expected 'reference' or 'triton'"):
-        packed(method, 8, 32).matmul(x)
+    with pytest.raises(ValueError, match="expected one of reference, cache"):
+        packed(method, 8, 32).matmul(torch.randn(2, 32))
+
+
+@pytest.mark.parametrize("method", listing("compress", "Method"))
+def test_the_cache_holds_one_type_and_dies_with_its_weight(monkeypatch, method):
+    monkeypatch.setenv("ACC_KERNELS", "cache")
+    weight = packed(method, 8, 32)
+    for dtype in (torch.float32, torch.bfloat16):
+        x = torch.randn(2, 32).to(dtype)
+        assert torch.equal(weight.matmul(x), F.linear(x, weight.dequantize(dtype)))
+        kept = weight._product.weight
+        weight.matmul(x)
+        assert weight._product.weight is kept
+    gc.disable()
+    gone = weakref.ref(kept)
+    del weight, kept
+    assert gone() is None
+    gc.enable()

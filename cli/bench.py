@@ -1,0 +1,296 @@
+"""acc bench: how fast a model writes, dense and packed, and in how much memory."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .base import Dtype, Json, Model, Seed
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+WAYS = "compiled,cache,reference"
+PARITY = 0.05  # nats; two ways that differ in nothing but bfloat16's rounding of sums stay below a tenth of it
+
+
+def bench(
+    model: Model,
+    packed: Annotated[list[str] | None, typer.Argument(help="folders that acc wrote", show_default=False)] = None,
+    kernels: Annotated[str, typer.Option(help="values of ACC_KERNELS to try on what is packed")] = WAYS,
+    new_tokens: Annotated[int, typer.Option(min=2, help="tokens written per repeat")] = 32,
+    prompt_tokens: Annotated[int, typer.Option(min=2, help="tokens read before")] = 64,
+    repeats: Annotated[int, typer.Option(min=1, help="rounds in which every row has its turn")] = 3,
+    threads: Annotated[int | None, typer.Option(min=1, help="of torch; default: its own choice")] = None,
+    shapes: Annotated[bool, typer.Option("--shapes", help="time each shape of packed matrix instead")] = False,
+    dtype: Dtype = "auto",
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Measure greedy decoding at batch 1 on the CPU, dense against packed.
+
+    All models are in memory at once and take turns, so that whatever else the machine does falls on all of them.
+    Speed is the median over the steps of all turns. A way of running a packed model must give the same logits as the
+    torch definition, within rounding, before its speed is shown; else the exit code is 3. The text is random tokens.
+    """
+    import torch
+
+    from ..formats.source import open_source
+    from .base import check_dtype
+    from .ui import Missed, Screen
+
+    screen = Screen(as_json)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    sources = {spec: open_source(spec) for spec in [model, *(packed or [])]}
+    dense = [spec for spec, source in sources.items() if not source.quantized and spec != model]
+    if dense:
+        raise ValueError(f"{dense[0]} is not packed; MODEL is the dense one, the others are folders that acc wrote")
+    kind = check_dtype(dtype) or sources[model].dtype
+    loaded = {spec: _load(source.folder, kind) for spec, source in sources.items()}
+    rows = [row for spec in sources for row in _rows(spec, loaded[spec], sources[spec].quantized, kernels)]
+    ids = _prompt(sources[model], prompt_tokens, seed)
+    with torch.no_grad(), _environment():
+        if shapes:
+            result = {"shapes": _time_shapes([row for row in rows if row.way], repeats)}
+        else:
+            _compare(rows, ids)
+            _decode(rows, ids, new_tokens, repeats, screen)
+            result = {"rows": [row.record(rows[0]) for row in rows]}
+    result |= {"model": model, "dtype": str(kind).removeprefix("torch."), "prompt_tokens": prompt_tokens}
+    result |= {"new_tokens": new_tokens, "repeats": repeats, "machine": _machine()}
+    (_show_shapes if shapes else _show)(screen, result)
+    screen.result(result)
+    wrong = [f"{row.spec} ({row.way})" for row in rows if row.divergence > PARITY]
+    if wrong:
+        raise Missed(f"{', '.join(wrong)}: logits differ from the torch definition's by more than {PARITY} nats")
+    screen.next(f'acc generate {(packed or [model])[-1]} "Once upon a time"')
+
+
+@dataclass
+class Row:
+    """One model run in one way; `way` is None for a dense model."""
+
+    spec: str
+    model: Any
+    way: str | None
+    divergence: float = 0.0  # largest over positions, in nats, from the torch definition
+    prefill: list[float] = field(default_factory=list)  # seconds, per turn
+    steps: list[list[float]] = field(default_factory=list)  # seconds per token, per turn
+    first: float = 0.0  # seconds that the first use took: compiling, decoding what is kept
+    bytes: int = 0
+    kept: int = 0
+
+    def use(self) -> None:
+        from ..formats.hf import choose_kernels
+
+        if self.way is not None:
+            os.environ["ACC_KERNELS"] = self.way
+            choose_kernels(self.model)
+
+    def record(self, base: Row) -> dict[str, Any]:
+        found: dict[str, Any] = {"model": self.spec, "kernels": self.way, "bytes": self.bytes, "bytes_kept": self.kept}
+        if self.way is not None:
+            found["divergence"] = self.divergence
+        if not self.steps or self.divergence > PARITY:
+            return found
+        ratios = [statistics.median(b) / statistics.median(s) for b, s in zip(base.steps, self.steps)]
+        every = [step for turn in self.steps for step in turn]
+        return found | {
+            "tokens_per_second": 1 / statistics.median(every),
+            "tokens_per_second_best": 1 / min(every),
+            "ratio": statistics.median(ratios),
+            "ratios": ratios,
+            "prefill_seconds": min(self.prefill),
+            "first_use_seconds": self.first,
+        }
+
+
+def _load(folder: Any, dtype: Any) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+
+
+def _rows(spec: str, model: Any, quantized: bool, kernels: str) -> list[Row]:
+    from ..kernels.base import WAYS as known
+
+    ways = [way.strip() for way in kernels.split(",")]
+    unknown = [way for way in ways if way not in known]
+    if unknown:
+        raise ValueError(f"--kernels {unknown[0]}: expected some of {','.join(known)}")
+    return [Row(spec, model, way) for way in ways] if quantized else [Row(spec, model, None)]
+
+
+def _prompt(source: Any, tokens: int, seed: int) -> Tensor:
+    import torch
+
+    from .base import text_limits
+
+    size = text_limits(source)["vocab_size"]
+    return torch.randint(size, (1, tokens), generator=torch.Generator().manual_seed(seed))
+
+
+@contextlib.contextmanager
+def _environment() -> Iterator[None]:
+    """`ACC_KERNELS` is as it was afterwards."""
+    before = os.environ.get("ACC_KERNELS")
+    try:
+        yield
+    finally:
+        os.environ.pop("ACC_KERNELS", None)
+        if before is not None:
+            os.environ["ACC_KERNELS"] = before
+
+
+def _compare(rows: list[Row], ids: Tensor) -> None:
+    """Fills in how far each way's logits are from the torch definition's: many tokens at once, and one alone."""
+    expected: dict[str, Tensor] = {}
+    for row in rows:
+        if row.way is not None and row.spec not in expected:
+            Row(row.spec, row.model, "reference").use()
+            expected[row.spec] = _log_probabilities(row.model, ids)
+        row.use()
+        if row.way is not None and row.way != "reference":
+            wanted, got = expected[row.spec], _log_probabilities(row.model, ids)
+            row.divergence = float((wanted.exp() * (wanted - got)).sum(-1).max())
+
+
+def _log_probabilities(model: Any, ids: Tensor) -> Tensor:
+    import torch
+
+    many = model(ids[:, :-1], use_cache=True)
+    one = model(ids[:, -1:], past_key_values=many.past_key_values, use_cache=True)
+    return torch.cat([many.logits, one.logits], dim=1).double().log_softmax(-1)
+
+
+def _decode(rows: list[Row], ids: Tensor, new_tokens: int, repeats: int, screen: Any) -> None:
+    """Every row has a turn in each round: one prompt, then one token after the other."""
+    from ..formats.hf import resident
+    from .ui import Meter
+
+    right = [row for row in rows if row.divergence <= PARITY]
+    with Meter(screen) as meter:
+        for turn in range(repeats):
+            for index, row in enumerate(right):
+                meter((turn * len(right) + index) / (repeats * len(right)), row.way or "dense")
+                row.use()
+                first, _ = _turn(row.model, ids, 2)  # not counted: caches fill, threads wake up
+                # the torch definition is ten times slower and its steps vary little
+                steps = max(2, new_tokens // 8) if row.way == "reference" else new_tokens
+                prefill, taken = _turn(row.model, ids, steps)
+                row.first = max(row.first, first - prefill)
+                row.prefill.append(prefill)
+                row.steps.append(taken)
+                row.bytes, row.kept = resident(row.model)
+
+
+def _turn(model: Any, ids: Tensor, steps: int) -> tuple[float, list[float]]:
+    """Seconds of the prompt, and of each token after it."""
+    started = time.perf_counter()
+    out = model(ids, use_cache=True, logits_to_keep=1)
+    prefill, taken = time.perf_counter() - started, []
+    for _ in range(steps):
+        started = time.perf_counter()
+        token = out.logits[:, -1:].argmax(-1)
+        out = model(token, past_key_values=out.past_key_values, use_cache=True)
+        taken.append(time.perf_counter() - started)
+    return prefill, taken
+
+
+def _time_shapes(rows: list[Row], repeats: int) -> list[dict[str, Any]]:
+    """Microseconds per product with one token, by shape: a dense copy of the same matrices and each way in turn.
+
+    All matrices of a shape are gone through, as a model does, so that they come from where they would come from.
+    """
+    import torch
+    import torch.nn.functional as F
+
+    from ..formats.hf import packed_weights
+
+    found = []
+    for spec in dict.fromkeys(row.spec for row in rows):
+        ways = [row for row in rows if row.spec == spec]
+        ways[0].use()
+        every = packed_weights(ways[0].model)
+        for shape in dict.fromkeys(weight.shape for weight in every):
+            own = [weight for weight in every if weight.shape == shape]
+            x = torch.randn(1, shape[1], dtype=ways[0].model.dtype)
+            dense = [weight.dequantize(x.dtype) for weight in own]
+            turns: dict[str, Callable[[], Any]] = {"dense": lambda x=x, d=dense: [F.linear(x, w) for w in d]}
+            for row in ways:
+                row.use()
+                same = [weight for weight in packed_weights(row.model) if weight.shape == shape]
+                turns[str(row.way)] = lambda x=x, s=same: [weight.matmul(x) for weight in s]
+                turns[str(row.way)]()
+            best = dict.fromkeys(turns, float("inf"))
+            for _ in range(3 * repeats):
+                for name, turn in turns.items():
+                    started = time.perf_counter()
+                    turn()
+                    best[name] = min(best[name], (time.perf_counter() - started) / len(own) * 1e6)
+            found.append({"model": spec, "shape": list(shape), "matrices": len(own), "microseconds": best})
+    return found
+
+
+def _machine() -> dict[str, Any]:
+    """What speeds depend on; the copy counts bytes read and bytes written."""
+    import torch
+    import transformers
+
+    a = torch.ones(1 << 25)
+    b, seconds = torch.empty_like(a), float("inf")
+    for _ in range(6):
+        started = time.perf_counter()
+        b.copy_(a)
+        seconds = min(seconds, time.perf_counter() - started)
+    return {
+        "copy_gb_per_second": 2 * a.numel() * a.element_size() / seconds / 1e9,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def _show(screen: Any, result: dict[str, Any]) -> None:
+    from .ui import shorten, size
+
+    lines = []
+    for row in result["rows"]:
+        name = [shorten(row["model"], 22), row["kernels"] or "dense"]
+        memory = size(row["bytes"] + row["bytes_kept"])
+        if "ratio" not in row:
+            lines.append([*name, "", "", "", "", f"wrong by {row['divergence']:.2g}"])
+            continue
+        speed, ratio = f"{row['tokens_per_second']:.1f}", f"{row['ratio']:.2f}"
+        prefill = f"{1000 * row['prefill_seconds']:.0f} ms"
+        lines.append([*name, speed, ratio, prefill, memory, "" if "divergence" not in row else "ok"])
+    screen.table("", ["model", "kernels", "tok/s", "ratio", "prefill", "memory", "parity"], lines)
+    machine = result["machine"]
+    screen.line()
+    screen.field("Ratio", "to the first row, median over the rounds, in which all rows take turns")
+    screen.field("Memory", "bytes of parameters, buffers and what kernels keep; at the first use more may be taken")
+    screen.field("Machine", f"{machine['threads']} threads, copies {machine['copy_gb_per_second']:.1f} GB/s")
+
+
+def _show_shapes(screen: Any, result: dict[str, Any]) -> None:
+    from .ui import shorten
+
+    for spec in dict.fromkeys(item["model"] for item in result["shapes"]):
+        items = [item for item in result["shapes"] if item["model"] == spec]
+        ways = list(items[0]["microseconds"])
+        lines = []
+        for item in items:
+            taken = item["microseconds"]
+            shape = "{} x {}".format(*item["shape"])
+            lines.append([shape, item["matrices"], *(f"{taken[way]:.1f}" for way in ways)])
+        screen.table(f"{shorten(spec, 40)}: microseconds, one token", ["matrix", "how many", *ways], lines)
