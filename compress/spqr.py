@@ -46,8 +46,8 @@ class SpQR(Method):
     outlier_threshold: float | None = Field(
         0.2, ge=0, description="relative error above which a weight is kept apart; higher: fewer are; null: none"
     )
-    damp_percent: float = Field(1.0, ge=0, description="multiple of its mean added to the Hessian's diagonal")
-    sweeps: int = Field(2, ge=0, description="passes over all columns after the first, each weight set anew")
+    damp_percent: float = Field(0.1, ge=0, description="multiple of its mean added to the Hessian's diagonal")
+    sweeps: int = Field(1, ge=0, description="passes over all columns after the first, each weight set anew")
     order: Literal["act_order", "identity"] = Field("act_order", description="strongest inputs first, or as they are")
 
     def prepare(self, statistics: dict[str, Statistic], event: Event) -> Prepared:
