@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 WAYS = "compiled,cache,reference"
-PARITY = 0.05  # nats; two ways that differ in nothing but bfloat16's rounding of sums stay below a tenth of it
+PARITY = 0.05  # nats; ways that differ in nothing but where bfloat16 rounds stay below a quarter of it
 
 
 def bench(
