@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 WAYS = "compiled,cache,reference"
-PARITY = 0.05  # nats; two ways that differ in nothing but bfloat16's rounding of sums stay below a tenth of it
+PARITY = 0.05  # nats; ways that differ in nothing but where bfloat16 rounds stay below a quarter of it
 
 
 def bench(
@@ -29,6 +29,7 @@ def bench(
     prompt_tokens: Annotated[int, typer.Option(min=2, help="tokens read before")] = 64,
     repeats: Annotated[int, typer.Option(min=1, help="rounds in which every row has its turn")] = 3,
     threads: Annotated[int | None, typer.Option(min=1, help="of torch; default: its own choice")] = None,
+    nf4: Annotated[bool, typer.Option("--nf4", help="add MODEL with bitsandbytes' NF4 weights")] = False,
     shapes: Annotated[bool, typer.Option("--shapes", help="time each shape of packed matrix instead")] = False,
     dtype: Dtype = "auto",
     seed: Seed = 0,
@@ -43,19 +44,28 @@ def bench(
     import torch
 
     from ..formats.source import open_source
+    from ..kernels.base import WAYS as known
     from .base import check_dtype
     from .ui import Missed, Screen
 
     screen = Screen(as_json)
+    ways = [way.strip() for way in kernels.split(",")]
+    unknown = [way for way in ways if way not in known]
+    if unknown:
+        raise ValueError(f"--kernels {unknown[0]}: expected some of {','.join(known)}")
     if threads is not None:
         torch.set_num_threads(threads)
     sources = {spec: open_source(spec) for spec in [model, *(packed or [])]}
     dense = [spec for spec, source in sources.items() if not source.quantized and spec != model]
     if dense:
         raise ValueError(f"{dense[0]} is not packed; MODEL is the dense one, the others are folders that acc wrote")
+    if nf4 and sources[model].quantized:
+        raise ValueError(f"--nf4: {model} is packed already")
     kind = check_dtype(dtype) or sources[model].dtype
     loaded = {spec: _load(source.folder, kind) for spec, source in sources.items()}
-    rows = [row for spec in sources for row in _rows(spec, loaded[spec], sources[spec].quantized, kernels)]
+    rows = [row for spec in sources for row in _rows(spec, loaded[spec], sources[spec].quantized, ways)]
+    if nf4:
+        rows.insert(1, Row(model, _nf4(_load(sources[model].folder, kind), kind), None, name="nf4"))
     ids = _prompt(sources[model], prompt_tokens, seed)
     with torch.no_grad(), _environment():
         if shapes:
@@ -81,6 +91,7 @@ class Row:
     spec: str
     model: Any
     way: str | None
+    name: str = "dense"  # of a row without a way
     divergence: float = 0.0  # largest over positions, in nats, from the torch definition
     prefill: list[float] = field(default_factory=list)  # seconds, per turn
     steps: list[list[float]] = field(default_factory=list)  # seconds per token, per turn
@@ -96,7 +107,8 @@ class Row:
             choose_kernels(self.model)
 
     def record(self, base: Row) -> dict[str, Any]:
-        found: dict[str, Any] = {"model": self.spec, "kernels": self.way, "bytes": self.bytes, "bytes_kept": self.kept}
+        found: dict[str, Any] = {"model": self.spec, "kernels": self.way or self.name}
+        found |= {"bytes": self.bytes, "bytes_kept": self.kept}
         if self.way is not None:
             found["divergence"] = self.divergence
         if not self.steps or self.divergence > PARITY:
@@ -119,13 +131,31 @@ def _load(folder: Any, dtype: Any) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
 
 
-def _rows(spec: str, model: Any, quantized: bool, kernels: str) -> list[Row]:
-    from ..kernels.base import WAYS as known
+def _nf4(model: Any, dtype: Any) -> Any:
+    """The model with every linear layer but the output head in bitsandbytes' NF4, in blocks of 64 as is its default.
 
-    ways = [way.strip() for way in kernels.split(",")]
-    unknown = [way for way in ways if way not in known]
-    if unknown:
-        raise ValueError(f"--kernels {unknown[0]}: expected some of {','.join(known)}")
+    What is not a linear layer, fused experts among it, stays dense, as bitsandbytes leaves it.
+    """
+    import bitsandbytes.nn
+    from torch import nn
+
+    kinds: Any = bitsandbytes.nn
+
+    for path, module in list(model.named_modules()):
+        if type(module) is not nn.Linear or module is model.get_output_embeddings():
+            continue
+        bias = module.bias is not None
+        packed = kinds.Linear4bit(module.in_features, module.out_features, bias, compute_dtype=dtype, quant_type="nf4")
+        packed.weight = kinds.Params4bit(module.weight.data, requires_grad=False, quant_type="nf4")
+        packed.bias = module.bias
+        packed = packed.to("cpu")  # this quantises
+        model.set_submodule(path, packed)
+        state: Any = packed.weight.quant_state
+        packed.register_buffer("absmax", state.absmax, persistent=False)  # so that its bytes are counted
+    return model
+
+
+def _rows(spec: str, model: Any, quantized: bool, ways: list[str]) -> list[Row]:
     return [Row(spec, model, way) for way in ways] if quantized else [Row(spec, model, None)]
 
 
@@ -180,7 +210,7 @@ def _decode(rows: list[Row], ids: Tensor, new_tokens: int, repeats: int, screen:
     with Meter(screen) as meter:
         for turn in range(repeats):
             for index, row in enumerate(right):
-                meter((turn * len(right) + index) / (repeats * len(right)), row.way or "dense")
+                meter((turn * len(right) + index) / (repeats * len(right)), row.way or row.name)
                 row.use()
                 first, _ = _turn(row.model, ids, 2)  # not counted: caches fill, threads wake up
                 # the torch definition is ten times slower and its steps vary little
@@ -266,7 +296,7 @@ def _show(screen: Any, result: dict[str, Any]) -> None:
 
     lines = []
     for row in result["rows"]:
-        name = [shorten(row["model"], 22), row["kernels"] or "dense"]
+        name = [shorten(row["model"], 22), row["kernels"]]
         memory = size(row["bytes"] + row["bytes_kept"])
         if "ratio" not in row:
             lines.append([*name, "", "", "", "", f"wrong by {row['divergence']:.2g}"])

@@ -1,7 +1,11 @@
 """The C++ twin of the torch definitions for CPUs: compiled on the user's machine at the first use, kept on disk.
 
-A scheme's numbers are compiled in, so each takes one to two seconds once. Libraries lie in `$XDG_CACHE_HOME/acc`, by
-default `~/.cache/acc`, under a hash of all that made them: source, numbers, compiler, and the processor's features.
+A scheme's numbers are compiled in, so each takes one to two seconds once. Libraries lie in
+`$XDG_CACHE_HOME/acc/kernels`, by default `~/.cache/acc/kernels`, under a hash of all that made them: source, numbers,
+compiler, and the processor's features.
+
+`torch.compile` of the same sums was measured beside it: as fast as a dense product at best, since it goes through
+memory row by row, and 10 to 12 seconds for each shape of matrix at the first use.
 """
 
 from __future__ import annotations

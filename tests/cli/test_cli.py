@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -67,7 +68,7 @@ def one_line(capsys, code: int, *words) -> str:
 
 
 def test_every_verb_has_help(capsys):
-    assert set(verbs()) == {"inspect", "quantize", "eval", "generate", "verify", "export", "show"}
+    assert set(verbs()) == {"inspect", "quantize", "eval", "generate", "verify", "export", "show", "bench"}
     for verb in verbs():
         code, out, _ = call(capsys, verb, "--help")
         assert code == 0
@@ -276,6 +277,55 @@ def test_export_replaces_only_a_models_folder(capsys, packed, tmp_path):
     assert not list(tmp_path.glob("*.partial"))
 
 
+BRIEF = ["--new-tokens", "4", "--prompt-tokens", "20", "--repeats", "2"]
+
+
+def test_bench_measures_each_way(capsys, monkeypatch, model, packed):
+    monkeypatch.setenv("ACC_KERNELS", "reference")
+    code, out, err = call(capsys, "bench", model, packed, *BRIEF, "--kernels", "cache,reference", "--json")
+    assert code == 0, err
+    found = json.loads(out)
+    dense, cache, reference = found["rows"]
+    assert [row["kernels"] for row in found["rows"]] == ["dense", "cache", "reference"]
+    assert dense["ratio"] == 1.0
+    assert all(row["tokens_per_second"] > 0 and row["prefill_seconds"] > 0 for row in found["rows"])
+    assert reference["bytes"] == cache["bytes"] < dense["bytes"]
+    assert reference["bytes_kept"] == 0 < cache["bytes_kept"]
+    assert reference["divergence"] == 0 <= cache["divergence"] < 0.05
+    assert found["machine"]["copy_gb_per_second"] > 0
+    assert os.environ["ACC_KERNELS"] == "reference"
+    code, out, _ = call(capsys, "bench", model, packed, *BRIEF, "--kernels", "cache")
+    assert code == 0
+    assert f"Next: acc generate {packed}" in out
+
+
+def test_bench_shows_no_speed_of_kernels_that_are_wrong(capsys, monkeypatch, model, packed):
+    from acc.kernels.base import Cached
+
+    right = Cached.__call__
+    monkeypatch.setattr(Cached, "__call__", lambda self, x: 1.5 * right(self, x))
+    words = ["bench", model, packed, *BRIEF, "--kernels", "reference,cache", "--json"]
+    code, out, err = call(capsys, *words)
+    assert code == 3
+    assert "logits differ" in err
+    rows = json.loads(out)["rows"]
+    assert [row["kernels"] for row in rows if "tokens_per_second" in row] == ["dense", "reference"]
+
+
+def test_bench_by_shape(capsys, packed):
+    code, out, _ = call(capsys, "bench", packed, "--shapes", "--repeats", "1", "--kernels", "reference,cache", "--json")
+    assert code == 0
+    shapes = json.loads(out)["shapes"]
+    assert len({tuple(item["shape"]) for item in shapes}) == len(shapes)
+    assert all(set(item["microseconds"]) == {"dense", "reference", "cache"} for item in shapes)
+
+
+def test_bench_refuses(capsys, model, packed):
+    assert "is not packed" in one_line(capsys, 2, "bench", packed, model)
+    assert "expected some of" in one_line(capsys, 2, "bench", packed, "--kernels", "fastest")
+    assert "packed already" in one_line(capsys, 2, "bench", packed, "--nf4")
+
+
 def test_what_is_printed_fits_80_columns(capsys, model, text, packed, tmp_path):
     commands = [
         ["inspect", model, "--targets", "*.down_proj"],
@@ -284,6 +334,8 @@ def test_what_is_printed_fits_80_columns(capsys, model, text, packed, tmp_path):
         ["verify", packed],
         ["show"],
         ["show", "spqr"],
+        ["bench", model, packed, "--kernels", "cache", "--new-tokens", "2", "--repeats", "1"],
+        ["bench", packed, "--kernels", "cache", "--repeats", "1", "--shapes"],
     ]
     for command in commands:
         code, out, err = call(capsys, *command)

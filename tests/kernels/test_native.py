@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import warnings
 from dataclasses import replace
 
@@ -192,3 +193,14 @@ def test_libraries_are_kept_where_only_the_owner_writes(monkeypatch, tmp_path, o
     other_compiler(found)
     assert native._folder() != tmp_path / "acc" / "kernels"
     spqr(8, 64).matmul(torch.randn(1, 64))
+
+
+@needs_compiler
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="a flag for x86")
+def test_processors_without_wide_vectors(monkeypatch, other_compiler):
+    other_compiler(native._compiler())
+    monkeypatch.setattr(native, "FLAGS", (*native.FLAGS, "-mno-avx512f"))
+    for weight in (spqr(45, 100), spqr(70, 531, scale_bits=5), grouped(45, 300)):
+        assert weight._product.library.acc_lanes() == 8
+        x = torch.randn(3, weight.shape[1])
+        assert_product(weight.matmul(x), x, weight.dequantize())
