@@ -23,7 +23,6 @@ from functools import cache
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .base import Product
@@ -95,7 +94,8 @@ class Compiled:
         weight = x.new_empty(self.columns, self.rows)
         narrowed = x.dtype == torch.bfloat16
         self.library.acc_weight(self.address, weight.data_ptr(), narrowed, torch.get_num_threads())
-        return F.linear(x if self.perm is None else x[..., self.perm.long()], weight.T)
+        # not F.linear, which is 4 times slower on a transposed weight in bfloat16
+        return (x if self.perm is None else x[..., self.perm.long()]) @ weight
 
 
 def library(**numbers: int) -> ctypes.CDLL:
