@@ -32,8 +32,9 @@ LIMIT = 4  # GiB
 EXTRAPOLATION = (
     "Memory: what a run keeps from one block to the next are the hidden states (2 x 128 tokens: {hidden} MiB) and a few"
     " lines of report, so the peak of a run over all blocks is that of a run over a few; `growth_gib` is the"
-    " difference between runs of different length. Time: what the"
-    " longer run took, and for each further block as much as for one of those by which the runs differ."
+    " difference between the longest and the shortest run. Equal runs differ by up to 0.3 GiB, by what the C library's"
+    " heap keeps. Time: what the longest run took, and for each further block as much as for one of those by which the"
+    " runs differ."
 )
 
 
