@@ -31,6 +31,7 @@ ROWS = {
     "spqr 3": ["spqr", "3", *AUTHORS],
     "rtn 3": ["rtn", "3", "--group-size", "16"],
     "spqr 3 damp 0.1": ["spqr", "3", *AUTHORS, "--damp-percent", "0.1"],
+    "spqr 3, 3.5 bits": ["spqr", "3", "--stat-group-size", "64", "--outlier-threshold", "0.5"],
     "spqr 2": ["spqr", "2", *AUTHORS],
     "spqr 2 threshold 1": ["spqr", "2", *AUTHORS, "--outlier-threshold", "1.0"],
     "rtn 2": ["rtn", "2", "--group-size", "16"],
