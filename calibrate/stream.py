@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import math
 import tempfile
+import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +24,35 @@ from .base import Statistic
 Batch = Tensor | tuple[Tensor, Tensor]  # token ids [B, T], or ids and padding mask [B, T]
 Tick = Callable[[int], None]  # told how many tokens went through a block
 Made = Tensor | Callable[[], Tensor]  # a tensor, or what makes it when it is needed
+
+
+class Clock:
+    """Wall seconds by phase; what an inner phase takes counts there and not in its outer one."""
+
+    def __init__(self) -> None:
+        self._seconds: defaultdict[str, float] = defaultdict(float)
+        self._phase, self._since = "other", time.monotonic()
+
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        outer = self._switch(name)
+        try:
+            yield
+        finally:
+            self._switch(outer)
+
+    def take(self) -> dict[str, float]:
+        """Seconds by phase since the last time this was asked."""
+        self._switch(self._phase)
+        taken, self._seconds = dict(self._seconds), defaultdict(float)
+        return taken
+
+    def _switch(self, phase: str) -> str:
+        """Goes over to `phase`; returns the one before."""
+        now = time.monotonic()
+        self._seconds[self._phase] += now - self._since
+        before, self._phase, self._since = self._phase, phase, now
+        return before
 
 
 class Stream:
@@ -53,6 +84,7 @@ class Stream:
         shapes = {name: source.info(name).shape for name in source.names()}
         self.skeleton = Skeleton(str(source.folder), shapes, self.dtype, device, source.changes)
         self.tick = tick
+        self.clock = Clock()
         self._spill = tempfile.TemporaryDirectory(prefix="acc-hidden-", dir=spill) if spill else None
         self._batches: list[_Carried] = []
         self._hidden: list[Tensor] | _Spilled = []
@@ -61,6 +93,12 @@ class Stream:
     @property
     def parameters(self) -> int:
         return self.skeleton.parameters
+
+    @property
+    def block_bytes(self) -> list[int]:
+        """What the weights of each block take in memory."""
+        shapes, size = self.skeleton.shapes, self.dtype.itemsize
+        return [size * sum(math.prod(shapes[name]) for name in names) for names in self.skeleton.block_names]
 
     @torch.no_grad()
     def blocks(self, batches: Sequence[Batch]) -> Iterator[Block]:
@@ -193,7 +231,8 @@ class Block:
 
     def _load(self) -> nn.Module:
         if self._module is None:
-            self._module = self._stream.skeleton.load_block(self.index, self.tensors)
+            with self._stream.clock.phase("load"):
+                self._module = self._stream.skeleton.load_block(self.index, self.tensors)
         return self._module
 
     def _unload(self) -> None:
@@ -206,8 +245,10 @@ class Block:
         module = self._load()
         for batch, hidden, (args, kwargs) in zip(self._stream._batches, self._stream._hidden, self._calls):
             self._current = batch
-            with contextlib.suppress(_SeenAll):
+            result = None
+            with self._stream.clock.phase("forward"), contextlib.suppress(_SeenAll):
                 result = module(hidden, *args, **kwargs)
+            if result is not None:
                 yield result[0] if isinstance(result, tuple) else result
             self._stream.tick(batch.ids.numel())
 
@@ -226,8 +267,12 @@ class Block:
         order: dict[str, None] = {}  # of the linears, as the first batch meets them
         first = next(iter(self._stream._batches), None)
 
+        def see(key: Key, x: Tensor, tokens: Tensor | None = None) -> None:
+            with self._stream.clock.phase("statistics"):
+                collected.update(key, self._current.valid(x, tokens))
+
         def see_linear(leader: str, x: Tensor) -> None:
-            collected.update((leader, None, "linear"), self._current.valid(x.reshape(-1, x.shape[-1])))
+            see((leader, None, "linear"), x.reshape(-1, x.shape[-1]))
             if self._current is first:
                 order[leader] = None
             elif not (outputs or experts) and leader == next(reversed(order)):
@@ -235,7 +280,7 @@ class Block:
 
         def see_expert(path: str, expert: int, role: str, tokens: Tensor, x: Tensor) -> None:
             if (path, expert, role) in experts:
-                collected.update((path, expert, role), self._current.valid(x, tokens))
+                see((path, expert, role), x, tokens)
 
         with (
             skeleton.observe_linears(self._load(), linears, see_linear) as leaders,

@@ -113,6 +113,7 @@ def quantize(
             "relative_error": _mean_error(outcome.records),
             "events": Counter(event["event"] for event in outcome.events),
             "seconds": round(outcome.seconds, 2),
+            "phases": {phase: round(seconds, 2) for phase, seconds in outcome.phases.items()},
         }
     )
 
@@ -222,6 +223,9 @@ def _summary(screen: Any, source: Any, rewritten: Any, made: Any, outcome: Any) 
     screen.table("", ["", "dense", "packed", "bits", "stored bits", "nominal"], rows)
     share = after["packed_parameters"] / after["parameters"]
     screen.line(f"\n{percent(share)} of {count(after['parameters'])} weights packed in {clock(outcome.seconds)}")
+    slowest = sorted(outcome.phases.items(), key=lambda item: -item[1])
+    if slowest:
+        screen.line("  " + ", ".join(f"{phase} {clock(seconds)}" for phase, seconds in slowest if seconds >= 1))
     worst = sorted(_packed(outcome.records), key=lambda record: -record["relative_error"])[:3]
     for record in worst:
         name = record["tensor"] if record.get("part") is None else f"{record['tensor']}[{record['part']}]"

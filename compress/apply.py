@@ -40,17 +40,19 @@ STATISTICS_BYTES = 3 << 29
 # on it.
 SOLVE = 8000.0
 SMALL = 16 << 20  # weights of a call that one core solves
+LARGE = 128 << 20  # bytes of a block from which freed memory is given back to the system
 TOGETHER = 8 << 20  # weights that are solved in one call, unless a matrix alone has more
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run made: its folder, the lines of its report, and how long it took."""
+    """What a run made: its folder, the lines of its report, and how long it took, in all and by phase."""
 
     folder: Path
     records: list[Record]
     events: list[Record]
     seconds: float
+    phases: dict[str, float]
 
 
 def apply(
@@ -72,11 +74,12 @@ def apply(
     compressed, OSError when the disk cannot take the output; what was finished by then stays for `resume`.
     """
     started = time.monotonic()
-    _give_back_memory()
     original, source = source, recipe.rewrite(source)
     dtype = None if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
     stream = Stream(source, dtype=dtype, device=device, spill=spill)
     chosen = assign(recipe, stream)
+    if max(stream.block_bytes) >= LARGE:
+        _give_back_memory()
     if recipe.needs and not batches:
         raise ValueError(f"{recipe.steps[0].method} needs calibration text: name one with --data")
     if recipe.rewrites:
@@ -88,7 +91,7 @@ def apply(
     store = Store.create(out, identity, units, resume=resume, overwrite=overwrite, needed_bytes=size)
     if store.complete:
         report(1.0, "nothing left to do")
-        return Outcome(store.out, [], [], time.monotonic() - started)
+        return Outcome(store.out, [], [], time.monotonic() - started, {})
     work = _Work(stream, chosen, batches, report)
     entries: dict[str, Entry] = {}
 
@@ -122,14 +125,17 @@ def apply(
     )
     report(1.0, "done")
     events = [{"tensor": r["tensor"], **event} for r in records for event in r.get("events", [])]
-    return Outcome(folder, records, [*({"event": e} for e in store.events), *events], time.monotonic() - started)
+    events = [*({"event": e} for e in store.events), *events]
+    work.take_phases()
+    return Outcome(folder, records, events, time.monotonic() - started, dict(work.phases))
 
 
 def _give_back_memory() -> None:
     """Makes glibc return freed tensors of 8 MiB and more to the system.
 
     It would raise that limit to 32 MiB by itself, and matrices of experts, freed between others that live, leave holes
-    that stay resident: measured 0.6 GiB while 64 experts of 2M weights are fused, and more from block to block.
+    that stay resident: measured 0.6 GiB while 64 experts of 2M weights are fused, and more from block to block. Where
+    blocks are small it saves little, and each activation's fresh pages take time: a quarter more on SmolLM2-135M.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:
@@ -174,25 +180,30 @@ def _compress_block(
     wanted = [matrix for matrix in block.matrices if matrix.tensor in chosen]
     made: dict[str, dict[int, PackedWeight]] = {}
     records: list[Record] = []
+    phase = work.stream.clock.phase
     for group in _passes(wanted, chosen, max(STATISTICS_BYTES, block.nbytes)):
         needs = tuple(dict.fromkeys(n for m in group for n in chosen[m.tensor].settings.needs))
         seen = [m for m in group if chosen[m.tensor].settings.needs]
         statistics = block.observe(seen, needs, outputs=False) if needs else None
-        for packed, record in _solve(block, group, chosen, statistics):
-            made.setdefault(record["tensor"], {})[record["part"] or 0] = packed
-            records.append(record)
-            work.solved(packed.shape)
+        with phase("solve"):
+            for packed, record in _solve(block, group, chosen, statistics):
+                made.setdefault(record["tensor"], {})[record["part"] or 0] = packed
+                records.append(record)
+                work.solved(packed.shape)
     parts = {name: [pieces[part] for part in sorted(pieces)] for name, pieces in made.items()}
     entries = _entries(block, {name: (pieces[0].shape, pieces[0].scheme) for name, pieces in parts.items()})
     stored = {name: block.tensors[name] for name in block.names if name not in parts}
     records += [_kept(name, tensor) for name, tensor in stored.items()]
-    for name, pieces in parts.items():
-        stored |= {name + suffix: tensor for suffix, tensor in entries[name].pack(pieces).items()}
+    with phase("pack"):
+        for name, pieces in parts.items():
+            stored |= {name + suffix: tensor for suffix, tensor in entries[name].pack(pieces).items()}
     remarks = work.stream.source.remarks
     records = [
         r | ({"events": remarks[r["tensor"]] + r.get("events", [])} if r["tensor"] in remarks else {}) for r in records
     ]
-    store.write(block.name, stored, sorted(records, key=lambda r: (r["tensor"], r.get("part") or 0)))
+    with phase("write"):
+        records.sort(key=lambda r: (r["tensor"], r.get("part") or 0))
+        store.write(block.name, stored, records, work.take_phases())
     return {name: (entries[name], pieces) for name, pieces in parts.items()}
 
 
@@ -403,6 +414,7 @@ class _Work:
         passes = 2 if any(step.settings.needs for step in chosen.values()) else 1
         self.report, self.done, self.what = report, 0.0, ""
         self.stream = stream
+        self.phases: Counter[str] = Counter()  # seconds of this run
         self.total = 0.0
         last = len(stream.skeleton.layers) - 1
         for index, names in enumerate(stream.skeleton.block_names):
@@ -416,6 +428,12 @@ class _Work:
         weights = block.weights
         self.stream.tick = lambda tokens: self.add(tokens * weights)
         self.add(0)
+
+    def take_phases(self) -> dict[str, float]:
+        """Seconds by phase since the last time this was asked."""
+        taken = self.stream.clock.take()
+        self.phases.update(taken)  # pyright: ignore[reportArgumentType, reportCallIssue] - counts seconds
+        return taken
 
     def solved(self, shape: tuple[int, int]) -> None:
         self.add(SOLVE * shape[0] * shape[1])

@@ -81,8 +81,11 @@ class Store:
         """Whether `unit` is safely on disk."""
         return self.complete or unit in self.lines
 
-    def write(self, unit: str, tensors: dict[str, Tensor], records: list[Record]) -> None:
-        """Writes the tensors of `unit` as one shard, then notes it and its report lines in the journal.
+    def write(
+        self, unit: str, tensors: dict[str, Tensor], records: list[Record], phases: dict[str, float] | None = None
+    ) -> None:
+        """Writes the tensors of `unit` as one shard, then notes it and its report lines in the journal; `phases` are
+        the seconds that each part of the work took before.
 
         Raises ValueError for a unit unknown or done, or a name another unit has; OSError, with the way to go on, when
         the disk is full.
@@ -93,6 +96,8 @@ class Store:
         if twice := sorted(taken & tensors.keys()):
             raise ValueError(f"{self.out}: {twice[0]} is written twice, the second time by {unit}")
         line: dict[str, Any] = {"unit": unit, "file": None, "tensors": sorted(tensors), "records": _plain(records)}
+        if phases:
+            line["phases"] = {phase: round(seconds, 3) for phase, seconds in phases.items()}
         if tensors:
             name = f"model-{self.units.index(unit) + 1:05d}-of-{len(self.units):05d}.safetensors"
             line |= {"file": name, **self._write_shard(name, tensors)}
@@ -165,6 +170,8 @@ class Store:
                 timed = {key: record[key] for key in TIMED if key in record}
                 if timed:
                     timing.append({"unit": unit, **{k: record[k] for k in ("name", "tensor") if k in record}, **timed})
+            if "phases" in self.lines[unit]:
+                timing.append({"unit": unit, "phases": self.lines[unit]["phases"]})
         index = {
             "metadata": {"total_size": sum(line.get("bytes", 0) for line in self.lines.values())},
             "weight_map": dict(sorted(weight_map.items())),

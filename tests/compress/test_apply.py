@@ -305,3 +305,23 @@ def test_the_head_is_packed_when_named(checkpoint, tmp_path):
         assert acc.load(out)(ids()).logits.isfinite().all()
     with pytest.raises(ValueError, match="'lm_head' matches no tensor"):
         run(checkpoint("llama"), tmp_path / "tied", recipe("rtn", targets=["lm_head"]))
+
+
+def test_the_report_says_where_the_time_went(checkpoint, tmp_path, monkeypatch):
+    from acc.calibrate.hessian import Hessian
+
+    update = Hessian.update
+
+    def slow(self, x):
+        time.sleep(0.05)
+        update(self, x)
+
+    monkeypatch.setattr(Hessian, "update", slow)
+    outcome = run(checkpoint("llama"), tmp_path / "out")
+    inputs = 4 * 2  # of each block: q k v, o, gate up, down
+    assert outcome.phases["statistics"] >= 0.05 * inputs
+    assert outcome.phases["forward"] < 0.05 * inputs
+    assert {"load", "forward", "statistics", "solve", "pack", "write"} <= outcome.phases.keys()
+    assert sum(outcome.phases.values()) == pytest.approx(outcome.seconds, abs=0.5)
+    timing = [json.loads(line) for line in (tmp_path / "out" / "timing.jsonl").read_text().splitlines()]
+    assert sum(line.get("phases", {}).get("statistics", 0) for line in timing) >= 0.05 * inputs - 0.001
