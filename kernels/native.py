@@ -4,8 +4,8 @@ A scheme's numbers are compiled in, so each takes one to two seconds once. Libra
 `$XDG_CACHE_HOME/acc/kernels`, by default `~/.cache/acc/kernels`, under a hash of all that made them: source, numbers,
 compiler, and the processor's features.
 
-`torch.compile` of the same sums was measured beside it: one to two times as fast as a dense product, and 8 to 13 seconds
-for each shape of matrix at the first use.
+`torch.compile` of the same sums was measured beside it: one to two times as fast as a dense product, and 8 to 13
+seconds for each shape of matrix at the first use.
 """
 
 from __future__ import annotations
