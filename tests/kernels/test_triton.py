@@ -72,7 +72,7 @@ def spqr_weight(
 def operands(weight):
     """What the functions of kernels/ take for a weight, in two parts: tensors and numbers."""
     tensors = {field: getattr(weight, field) for field in weight.suffixes}
-    return {k: None if t is None else t.to(DEVICE) for k, t in tensors.items()}, weight._numbers()
+    return {k: None if t is None else t.to(DEVICE) for k, t in tensors.items()}, weight.numbers()
 
 
 def both(op, monkeypatch, x, **arguments):
@@ -226,7 +226,7 @@ def test_experts(monkeypatch, op, sizes):
     ends = torch.tensor(sizes, device=DEVICE).cumsum(0).int()
     for spare in (0, 2):  # rows that are for no expert
         x = random(sum(sizes) + spare, 140, seed=9).half()
-        assert_close(*both(f"{op}_experts", monkeypatch, x, ends=ends, **tensors, **weights[0]._numbers()))
+        assert_close(*both(f"{op}_experts", monkeypatch, x, ends=ends, **tensors, **weights[0].numbers()))
 
 
 # As an operator
