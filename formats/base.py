@@ -46,7 +46,7 @@ class PackedWeight(ABC):
         """`x [..., I]` -> `x Wᵀ [..., O]` in `x.dtype`, through the format's kernel."""
 
     @abstractmethod
-    def numbers(self) -> dict[str, int]:
+    def numbers(self) -> dict[str, Any]:
         """The numbers of the scheme that the format's kernels take beside its tensors."""
 
     def operands(self) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -87,7 +87,7 @@ class GroupedWeight(PackedWeight):
         dequantize = replace(self).dequantize  # a twin's, so that nothing points back here and keeps a cache alive
         return product("grouped", self.operands() | self.numbers(), dequantize, self.shape[1], **self.numbers())
 
-    def numbers(self) -> dict[str, int]:
+    def numbers(self) -> dict[str, Any]:
         return {"bits": self.scheme["bits"], "group_size": _width(self.shape, self.scheme)}
 
 

@@ -42,7 +42,7 @@ class SharedInput:
     def __init__(self, members: Sequence[Any]):
         """`members` are modules whose `parts()` is one packed weight; a member's key is its place among them."""
         self._members = {key: weakref.ref(member) for key, member in enumerate(members)}
-        self._proven = False  # a round ended with everything picked up
+        self._proven = False  # a round has ended: who is still a member has shared
         self.forget()
 
     def forget(self) -> None:
@@ -92,9 +92,10 @@ class SharedInput:
             self._end(self._round)
 
     def _end(self, waiting: Round) -> None:
-        """Those whose products still wait leave."""
+        """Those whose products still wait leave; the others have shared."""
         if self._round is waiting:
             self._members = {key: member for key, member in self._members.items() if key not in waiting.products}
+            self._proven = True
             self.forget()
 
     def _product_traced(self, key: int, x: Tensor) -> Tensor | None:
@@ -108,7 +109,7 @@ class SharedInput:
             self._traced_x = None
         return found
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[int, Any]:
         """For copies: what is derived from the members is made anew there."""
         return {key: member() for key, member in self._members.items()}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -169,7 +169,7 @@ class SpQRWeight(PackedWeight):
         dequantize = replace(self).dequantize  # a twin's, so that nothing points back here and keeps a cache alive
         return product("spqr", self.operands() | self.numbers(), dequantize, self.shape[1], **self.numbers())
 
-    def numbers(self) -> dict[str, int]:
+    def numbers(self) -> dict[str, Any]:
         return {k: self.scheme[k] for k in ("bits", "group_size", "scale_bits", "zero_bits", "stat_group_size")}
 
 
