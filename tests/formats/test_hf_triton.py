@@ -150,13 +150,15 @@ def test_a_model_that_has_run_can_be_copied_loaded_anew_and_cast(packed, family)
 def test_pieces_lie_in_one_memory_once_they_have_run(packed, method):
     model = load(packed("mixtral", method, **QUICK))
     module, run = first_experts(model), runner("mixtral")
+    seen = []
     for _ in range(2):
         run(model)
-        for place in range(2):
-            pieces = [module._pieces["gate_up_proj", expert][place] for expert in range(4)]
-            assert len({piece.get_buffer("weight").untyped_storage().data_ptr() for piece in pieces}) == 1
+        pieces = [[module._pieces["gate_up_proj", expert][place] for expert in range(4)] for place in range(2)]
+        seen.append([{p.get_buffer("weight").untyped_storage().data_ptr() for p in place} for place in pieces])
+        assert [len(memories) for memories in seen[-1]] == [1, 1]
         model.to(torch.float64)
         model.to(torch.float32)
+    assert seen[0] == seen[1]  # not copied again
     memory = {b.untyped_storage().data_ptr(): b.untyped_storage().nbytes() for b in module.buffers() if b.numel()}
     assert sum(memory.values()) == sum(b.numel() * b.element_size() for b in module.buffers())
     for weight in packed_weights(model):
