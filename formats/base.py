@@ -11,6 +11,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from ..kernels.base import ExpertsProduct, SharedProduct, experts_product, shared_product
 from ..registry import lookup
 
 Scheme = dict[str, Any]
@@ -43,6 +44,33 @@ class PackedWeight(ABC):
     @abstractmethod
     def matmul(self, x: Tensor) -> Tensor:
         """`x [..., I]` -> `x Wᵀ [..., O]` in `x.dtype`, through the format's kernel."""
+
+    @abstractmethod
+    def numbers(self) -> dict[str, Any]:
+        """The numbers of the scheme that the format's kernels take beside its tensors."""
+
+    def operands(self) -> dict[str, Any]:
+        """The tensors that the format's kernels take: all of them, by field."""
+        return {field: getattr(self, field) for field in self.suffixes}
+
+    @classmethod
+    def shared_product(cls, parts: Sequence[PackedWeight]) -> SharedProduct | None:
+        """`x [..., I]` -> `x Wᵀ [..., O]` per matrix, for matrices of one scheme and `I`.
+
+        None without a kernel for it.
+        """
+        return shared_product(cls.name, [part.operands() for part in parts], **parts[0].numbers())
+
+    @classmethod
+    def experts_product(
+        cls, tensors: dict[str, Tensor], shape: tuple[int, int], scheme: Scheme
+    ) -> ExpertsProduct | None:
+        """`x [N, I]` sorted by expert, `ends [E]` -> `[N, O]`, for what `stack` gives of `E` matrices of `shape`.
+
+        None without a kernel for it.
+        """
+        whole = cls(shape=shape, scheme=scheme, **{f: tensors.get(s) for f, s in cls.suffixes.items()})
+        return experts_product(cls.name, whole.operands(), **whole.numbers())
 
     @abstractmethod
     def check(self) -> None:
@@ -129,6 +157,17 @@ def unstack(
 ) -> list[PackedWeight]:
     """The inverse of `stack`: `parts` matrices of `shape`."""
     return cls.unstack(tensors, parts, shape, scheme)
+
+
+def one_tensor(parts: Sequence[Tensor]) -> Tensor:
+    """Tensors one after the other on dim 0; not copied where they already lie so in one memory, without gaps."""
+    first, place = parts[0], parts[0].storage_offset()
+    for part in parts:
+        same = part.untyped_storage()._cdata == first.untyped_storage()._cdata
+        if not same or part.storage_offset() != place or not part.is_contiguous():
+            return torch.cat(list(parts))
+        place += part.numel()
+    return first.as_strided((sum(map(len, parts)), *first.shape[1:]), first.stride(), first.storage_offset())
 
 
 VERSION = 1  # of the table in `config.json`; a reader refuses any other

@@ -67,7 +67,7 @@ class GroupedWeight(PackedWeight):
         return super().from_tensors(defaultdict(lambda: None, tensors), shape, scheme)  # pyright: ignore[reportArgumentType]
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        return grouped_weight(**self._operands(), columns=self.shape[1]).to(dtype).contiguous()
+        return grouped_weight(**self.operands(), **self.numbers(), columns=self.shape[1]).to(dtype).contiguous()
 
     def matmul(self, x: Tensor) -> Tensor:
         return self._product(x)
@@ -85,12 +85,9 @@ class GroupedWeight(PackedWeight):
     def _product(self) -> Product:
         """The way this weight is multiplied, chosen at its first use."""
         dequantize = replace(self).dequantize  # a twin's, so that nothing points back here and keeps a cache alive
-        return product("grouped", self._operands(), dequantize, self.shape[1], **self._numbers())
+        return product("grouped", self.operands() | self.numbers(), dequantize, self.shape[1], **self.numbers())
 
-    def _operands(self) -> dict[str, Any]:
-        return {"codes": self.codes, "scale": self.scale, "zero": self.zero, **self._numbers()}
-
-    def _numbers(self) -> dict[str, int]:
+    def numbers(self) -> dict[str, Any]:
         return {"bits": self.scheme["bits"], "group_size": _width(self.shape, self.scheme)}
 
 

@@ -9,7 +9,7 @@ missing or unexpected in the files raises before a weight is read.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,8 +20,10 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from .base import VERSION, Entry, PackedWeight, entries
+from ..kernels.base import ExpertsProduct
+from .base import VERSION, Entry, PackedWeight, entries, one_tensor
 from .safefile import DTYPES
+from .shared import SharedInput
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -60,13 +62,19 @@ class Packed(nn.Module):
         for suffix, tensor in tensors.items():
             self.register_buffer(leaf + suffix, tensor)
 
+    def stored(self, leaf: str = "weight") -> dict[str, Tensor]:
+        """The tensors of a stored weight, `{suffix: tensor}`."""
+        return {name.removeprefix(leaf): self.get_buffer(name) for name in self._specs[leaf][1]}
+
     def parts(self, leaf: str = "weight") -> list[PackedWeight]:
         """The matrices of a stored weight: one, unless it is a stack."""
         if leaf not in self._parts:
-            spec, names = self._specs[leaf]
-            tensors = {name.removeprefix(leaf): getattr(self, name) for name in names}
-            self._parts[leaf] = spec.unpack(tensors)
+            self._parts[leaf] = self._specs[leaf][0].unpack(self.stored(leaf))
         return self._parts[leaf]
+
+    def forget(self) -> None:
+        """Drops what was made of the buffers, to be made anew at the next use."""
+        self._parts.clear()
 
     def _apply(self, fn: Callable, recurse: bool = True) -> Packed:
         """Moves like any module, but packed tensors never change their type: `model.half()` must not round them."""
@@ -77,12 +85,12 @@ class Packed(nn.Module):
             assert buffer is not None
             moved = fn(buffer)
             self._buffers[name] = moved if moved.dtype == buffer.dtype else buffer.to(moved.device)
-        self._parts.clear()
+        self.forget()
         return self
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
-        self._parts.clear()
+        self.forget()
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies: what is derived from the buffers is made anew there."""
@@ -96,10 +104,22 @@ class PackedLinear(Packed):
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.bias = linear.bias
+        self._shared: SharedInput | None = None
+        self._key = 0
         self.hold("weight", spec, tensors)
 
+    def share(self, shared: SharedInput, key: int) -> None:
+        """From now on this may be multiplied together with its siblings, among which it goes by `key`."""
+        self._shared, self._key = shared, key
+
+    def forget(self) -> None:
+        super().forget()
+        if self._shared is not None:
+            self._shared.forget()
+
     def forward(self, x: Tensor) -> Tensor:
-        y = self.parts()[0].matmul(x)
+        y = None if self._shared is None else self._shared.product(self._key, x)
+        y = self.parts()[0].matmul(x) if y is None else y
         return y if self.bias is None else y + self.bias
 
     def extra_repr(self) -> str:
@@ -132,6 +152,14 @@ class PackedExperts(Packed):
             self.post_expert_norm = experts.post_expert_norm
         # (leaf, expert) -> the stored weights that, one above the other, are its matrix
         self._pieces: dict[tuple[str, int], list[PackedPiece]] = {}
+        self._at_once: dict[str, list[ExpertsProduct] | None] = {}
+
+    def forget(self) -> None:
+        super().forget()
+        self._at_once.clear()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {"_at_once": {}}
 
     def project(self, leaf: str, expert: int, x: Tensor) -> Tensor:
         """`x [N, I]` through one expert's matrix -> `[N, O]`, with its bias."""
@@ -145,11 +173,68 @@ class PackedExperts(Packed):
             y = nn.functional.linear(x, weight.T if original.is_transposed else weight)
         return y + getattr(self, f"{leaf}_bias")[expert] if original.has_bias else y
 
+    def project_at_once(self, leaf: str, x: Tensor, expert: Tensor, ends: Tensor) -> Tensor:
+        """`x [N, I]` sorted by expert, `expert [N]`, `ends [E]` -> `[N, O]`, each row through its expert's matrix."""
+        products = self._products(leaf)
+        assert products is not None
+        y = torch.cat([product(x, ends) for product in products], dim=-1) if len(products) > 1 else products[0](x, ends)
+        return y + getattr(self, f"{leaf}_bias")[expert] if self._original[0].has_bias else y
+
+    def _products(self, leaf: str) -> list[ExpertsProduct] | None:
+        """The products with a leaf's matrices of all experts that, side by side, are its result; None where the experts
+        have to be gone through one by one."""
+        if leaf not in self._at_once:
+            self._at_once[leaf] = self._make_products(leaf)
+        return self._at_once[leaf]
+
+    def _make_products(self, leaf: str) -> list[ExpertsProduct] | None:
+        if leaf in self._specs:
+            found = [_experts_product(self._specs[leaf][0], self.stored(leaf))]
+        elif (leaf, 0) in self._pieces:
+            experts = [self._pieces[leaf, expert] for expert in range(self.num_experts)]
+            found = [_product_of_pieces(pieces) for pieces in zip(*experts, strict=True)]
+        else:
+            return None
+        products = [product for product in found if product is not None]
+        return products if len(products) == len(found) else None
+
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """`hidden_states [T, H]`, `top_k_index, top_k_weights [T, k]` -> `[T, H]`."""
-        from .model import run_experts
+        from .model import experts_are_observed, run_experts, run_experts_at_once
 
-        return run_experts(self._original[0], self.project, hidden_states, top_k_index, top_k_weights)
+        original = self._original[0]
+        routed = hidden_states, top_k_index, top_k_weights
+        leaves = ("gate_up_proj" if original.has_gate else "up_proj", "down_proj")
+        if experts_are_observed() or any(self._products(leaf) is None for leaf in leaves):
+            return run_experts(original, self.project, *routed)
+        return run_experts_at_once(original, self.project_at_once, *routed)
+
+
+def _experts_product(spec: Entry, tensors: dict[str, Tensor]) -> ExpertsProduct | None:
+    return spec.cls.experts_product(tensors, spec.shape, spec.scheme)
+
+
+def _product_of_pieces(pieces: Sequence[PackedPiece]) -> ExpertsProduct | None:
+    """The product with one piece of every expert; their buffers become views of what they are together.
+
+    None where they are not all packed alike, or where there is no kernel for it; they are as they were then.
+    """
+    specs = [piece._specs["weight"][0] for piece in pieces if piece._specs]
+    if len(specs) < len(pieces) or any(spec != specs[0] for spec in specs):
+        return None
+    stored = [piece.stored() for piece in pieces]
+    if any(tensor.device != stored[0][""].device for tensors in stored for tensor in tensors.values()):
+        return None
+    if _experts_product(specs[0], stored[0]) is None:
+        return None
+    whole = {suffix: one_tensor([tensors[suffix] for tensors in stored]) for suffix in stored[0]}
+    for suffix, tensor in whole.items():
+        views = tensor.split([len(tensors[suffix]) for tensors in stored])
+        for piece, view in zip(pieces, views, strict=True):
+            piece._buffers[f"weight{suffix}"] = view
+    for piece in pieces:
+        piece.forget()
+    return _experts_product(specs[0], whole)
 
 
 @register_quantizer("acc")
@@ -194,6 +279,7 @@ class AccQuantizer(HfQuantizer):
         for name, tensors in companions.items():
             if name in resolved.targets:
                 self._replace(model, name, resolved, self._entries[name], tensors, header)
+        _share_inputs(model)
 
     def _replace(
         self, model: Any, name: str, resolved: Any, spec: Entry, tensors: dict[str, Tensor], header: dict
@@ -239,6 +325,20 @@ def _add(root: nn.Module, path: str, module: nn.Module) -> None:
     root.add_module(last, module)
 
 
+def _share_inputs(model: nn.Module) -> None:
+    """Siblings of equal inputs and scheme may be given the same tensor, and could then be multiplied in one launch."""
+    for parent in model.modules():
+        alike: dict[tuple, list[PackedLinear]] = {}
+        for child in parent.children():
+            if isinstance(child, PackedLinear):
+                spec = child._specs["weight"][0]
+                alike.setdefault((child.in_features, *sorted(spec.scheme.items())), []).append(child)
+        for siblings in alike.values():
+            shared = SharedInput(siblings)
+            for key, sibling in enumerate(siblings):
+                sibling.share(shared, key)
+
+
 def _headers(files: list[str]) -> dict[str, Tensor]:
     """Every stored tensor by name, on the meta device."""
     found: dict[str, Tensor] = {}
@@ -273,7 +373,7 @@ def choose_kernels(model: nn.Module) -> None:
     """Has every packed weight read `ACC_KERNELS` anew at its next use; what the old kernels kept is dropped."""
     for module in model.modules():
         if isinstance(module, Packed):
-            module._parts.clear()
+            module.forget()
 
 
 def resident(model: nn.Module) -> tuple[int, int]:

@@ -127,7 +127,8 @@ class SpQRWeight(PackedWeight):
         return [cls.from_tensors({s: cut[s][part] for s in cut}, shape, scheme) for part in range(parts)]
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        weight = spqr_weight(**self._operands(), columns=self.shape[1]).to(dtype)
+        operands = {field: tensor for field, tensor in self.operands().items() if field != "perm"}
+        weight = spqr_weight(**operands, **self.numbers(), columns=self.shape[1]).to(dtype)
         if self.perm is not None:
             original = torch.empty_like(weight)
             original[:, self.perm.long()] = weight
@@ -166,12 +167,9 @@ class SpQRWeight(PackedWeight):
     def _product(self) -> Product:
         """The way this weight is multiplied, chosen at its first use."""
         dequantize = replace(self).dequantize  # a twin's, so that nothing points back here and keeps a cache alive
-        return product("spqr", {"perm": self.perm, **self._operands()}, dequantize, self.shape[1], **self._numbers())
+        return product("spqr", self.operands() | self.numbers(), dequantize, self.shape[1], **self.numbers())
 
-    def _operands(self) -> dict[str, Any]:
-        return {f: getattr(self, f) for f in self.suffixes if f != "perm"} | self._numbers()
-
-    def _numbers(self) -> dict[str, int]:
+    def numbers(self) -> dict[str, Any]:
         return {k: self.scheme[k] for k in ("bits", "group_size", "scale_bits", "zero_bits", "stat_group_size")}
 
 

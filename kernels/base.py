@@ -6,7 +6,7 @@ import importlib
 import importlib.util
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,8 @@ from torch import Tensor
 WAYS = ("reference", "cache", "compiled", "triton")
 
 Product = Callable[[Tensor], Tensor]  # x [..., I] -> x Wᵀ [..., O]
+SharedProduct = Callable[[Tensor], list[Tensor]]  # x [..., I] -> x Wᵀ [..., O] per weight
+ExpertsProduct = Callable[[Tensor, Tensor], Tensor]  # x [N, I] sorted by expert, ends [E] -> [N, O]
 
 
 def product(
@@ -49,6 +51,28 @@ def product(
     return partial(pick(op, device, **problem), **operands)
 
 
+def shared_product(op: str, operands: Sequence[dict[str, Any]], **problem: Any) -> SharedProduct | None:
+    """`x -> x Wᵀ` for several weights at once, `operands` the tensors of `op` for each, `problem` what they share.
+
+    None where nothing multiplies them in one launch: one by one is then as good.
+    """
+    kinds = {kind: [tensors[kind] for tensors in operands] for kind in operands[0]}
+    devices = {codes.device for codes in kinds["codes"]}
+    function = _one_launch(f"{op}_shared", next(iter(devices)).type, **problem)
+    if function is None or len(devices) > 1:
+        return None
+    return partial(function, **{k: None if kind[0] is None else kind for k, kind in kinds.items()}, **problem)
+
+
+def experts_product(op: str, operands: dict[str, Any], **problem: Any) -> ExpertsProduct | None:
+    """The product with a stack of weights, `operands` the tensors of `op` for all, one after the other on dim 0.
+
+    None where nothing multiplies by all of them in one launch.
+    """
+    function = _one_launch(f"{op}_experts", operands["codes"].device.type, **problem)
+    return None if function is None else partial(function, **operands, **problem)
+
+
 def pick(op: str, device: str = "cpu", **problem: Any) -> Callable:
     """The function that runs `op` on tensors of `device`.
 
@@ -74,6 +98,14 @@ def pick(op: str, device: str = "cpu", **problem: Any) -> Callable:
     if forced == "triton":
         raise ValueError(f"ACC_KERNELS=triton, but {reason}; unset it to use the default")
     return reference
+
+
+def _one_launch(op: str, device: str, **problem: Any) -> Callable | None:
+    """What `pick` gives for an `op` that stands for several products; None where that runs them one by one."""
+    if not (Path(__file__).parent / f"{op}_triton.py").exists():
+        return None
+    picked = pick(op, device, **problem)
+    return picked if picked.__module__.endswith("_triton") else None
 
 
 def _forced() -> str:

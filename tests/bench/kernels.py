@@ -1,8 +1,10 @@
 """The Triton kernels of packed products: are they right, and how near are they to the memory's speed?
 
-    python tests/bench/kernels.py [--out FILE] [--shapes 4096x4096 ...] [--bits 2 3 4] [--rows 1 16 512]
+On a machine with a GPU this one command measures everything and writes tests/bench/results/kernels-<gpu>.json:
 
-On a GPU each case is first compared with its torch definition, and only then timed: the median of CUDA events around
+    python tests/bench/kernels.py
+
+Each case is first compared with its torch definition, and only then timed: the median of CUDA events around
 one replayed CUDA graph, the L2 cache overwritten before each. Beside each time stand the bytes that had to be read, as
 GB/s and as a share of what a large copy reached in the same run, and the ratio to `torch.matmul` with a dense weight in
 the type of `x`, and to bitsandbytes NF4 where it is installed. Without a GPU there is the table of bytes and operations

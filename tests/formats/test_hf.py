@@ -12,8 +12,6 @@ import sys
 import acc
 import pytest
 import torch
-from acc.compress.apply import apply
-from acc.compress.recipe import Recipe
 from acc.formats.hf import Packed
 from acc.formats.source import open_source
 from safetensors.torch import load_file, save_file
@@ -27,23 +25,6 @@ METHODS = ["rtn", "spqr"]
 
 def ids(rows: int = 2, length: int = 48) -> torch.Tensor:
     return torch.randint(3, 128, (rows, length), generator=torch.Generator().manual_seed(1))
-
-
-@pytest.fixture(scope="module")
-def packed(checkpoint, tmp_path_factory):
-    """`packed("llama", "spqr")` -> the folder of a tiny packed checkpoint."""
-    made = {}
-
-    def make(family: str, method: str, **step):
-        key = (family, method, json.dumps(step))
-        if key not in made:
-            out = tmp_path_factory.mktemp("packed") / f"{family}-{method}"
-            recipe = Recipe.from_dict({"steps": [{"method": method, "bits": 3, "group_size": 16, **step}]})
-            apply(recipe, open_source(checkpoint(family)), out, [ids()] if recipe.needs else [])
-            made[key] = out
-        return made[key]
-
-    return make
 
 
 def dense_twin(folder, target):

@@ -72,7 +72,7 @@ def spqr_weight(
 def operands(weight):
     """What the functions of kernels/ take for a weight, in two parts: tensors and numbers."""
     tensors = {field: getattr(weight, field) for field in weight.suffixes}
-    return {k: None if t is None else t.to(DEVICE) for k, t in tensors.items()}, weight._numbers()
+    return {k: None if t is None else t.to(DEVICE) for k, t in tensors.items()}, weight.numbers()
 
 
 def both(op, monkeypatch, x, **arguments):
@@ -110,6 +110,9 @@ PROBLEMS = [
     ((7, 2000), [(1, "float16")]),
     ((7, 500), [(3, "float32")]),
     ((130, 64), [(1, "float16"), (17, "float16")]),
+    ((7, 7), [(1, "float16"), (63, "float16")]),
+    ((100, 63), [(1, "float16"), (7, "bfloat16")]),
+    ((2000, 7), [(1, "float16")]),
 ]
 
 
@@ -138,7 +141,7 @@ def test_group_sizes(monkeypatch, op, group_size, rows):
 
 
 def test_many_rows(monkeypatch):
-    check("grouped", monkeypatch, grouped_weight((7, 33)), 1000)
+    check("grouped", monkeypatch, grouped_weight((7, 33)), 2000)
     monkeypatch.setattr(launch_triton, "TOKENS_AT_ONCE", 64)
     check("spqr", monkeypatch, spqr_weight((7, 33)), 100, dtype=torch.float16)
 
@@ -226,7 +229,44 @@ def test_experts(monkeypatch, op, sizes):
     ends = torch.tensor(sizes, device=DEVICE).cumsum(0).int()
     for spare in (0, 2):  # rows that are for no expert
         x = random(sum(sizes) + spare, 140, seed=9).half()
-        assert_close(*both(f"{op}_experts", monkeypatch, x, ends=ends, **tensors, **weights[0]._numbers()))
+        assert_close(*both(f"{op}_experts", monkeypatch, x, ends=ends, **tensors, **weights[0].numbers()))
+
+
+# rows of each weight, columns, rows of x
+SHARED = [((1, 7), 63, 100), ((63, 1, 7), 7, 1), ((100, 7), 100, 7), ((7, 1), 2000, 1)]
+
+
+def several(op, rows, columns):
+    """Weights of which, where the format has them, one has no outliers and one a full row of them."""
+    special = [torch.zeros(0, 2, dtype=torch.long), row_of(columns) * torch.tensor([0, 1])]
+    extra = [{"outliers": outliers} if op == "spqr" else {} for outliers in special] + [{}] * len(rows)
+    return [MAKERS[op]((count, columns), seed=i, **extra[i]) for i, count in enumerate(rows)]
+
+
+@pytest.mark.parametrize(("rows", "columns", "tokens"), SHARED, ids=str)
+@pytest.mark.parametrize("op", MAKERS)
+def test_weights_that_share_an_input_at_odd_shapes(monkeypatch, op, rows, columns, tokens):
+    parts = [operands(weight) for weight in several(op, rows, columns)]
+    tensors = {kind: [part[0][kind] for part in parts] for kind in parts[0][0]}
+    x = random(tokens, columns, seed=9).to(torch.float32 if tokens == 1 else torch.float16)
+    expected, actual = both(f"{op}_shared", monkeypatch, x, **tensors, **parts[0][1])
+    for a, b in zip(expected, actual, strict=True):
+        assert_close(a, b)
+
+
+# shape of each weight, rows of x for each expert
+STACKS = [((7, 63), [0, 0, 1, 0]), ((1, 2000), [0, 1]), ((100, 7), [7, 0, 0]), ((7, 7), [0, 63]), ((63, 100), [5, 2])]
+MANY = [("grouped", (7, 33), [37, 63]), ("grouped", (1, 7), [1999, 1]), ("spqr", (1, 33), [37, 63])]
+
+
+@pytest.mark.parametrize(("op", "shape", "sizes"), [(op, *case) for op in MAKERS for case in STACKS] + MANY, ids=str)
+def test_experts_at_odd_shapes(monkeypatch, op, shape, sizes):
+    weights = several(op, [shape[0]] * len(sizes), shape[1])
+    fields = {suffix: field for field, suffix in weights[0].suffixes.items()}
+    tensors = {fields[suffix]: tensor.to(DEVICE) for suffix, tensor in stack(weights).items()}
+    ends = torch.tensor(sizes, device=DEVICE).cumsum(0).int()
+    x = random(sum(sizes), shape[1], seed=9).to(torch.float32 if sum(sizes) == 1 else torch.float16)
+    assert_close(*both(f"{op}_experts", monkeypatch, x, ends=ends, **tensors, **weights[0].numbers()))
 
 
 # As an operator
