@@ -40,6 +40,11 @@ class Statistic(ABC):
         """What an error `delta [O, I]` of the weight costs at the output, per token, where the statistic can tell."""
         return float(delta.double().square().sum())
 
+    def alone(self, delta: Tensor) -> Tensor:
+        """The error that each weight would best have if those of all others stay `delta [O, I]`: none, where the
+        statistic cannot tell."""
+        return torch.zeros_like(delta)
+
     @abstractmethod
     def state_dict(self) -> dict[str, Tensor]:
         """Everything needed to go on later."""

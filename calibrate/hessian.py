@@ -81,6 +81,13 @@ class Hessian(Statistic):
             total += float(product.mul_(here).sum(dtype=torch.float64))
         return total / max(self.tokens, 1)
 
+    def alone(self, delta: Tensor) -> Tensor:
+        """`Δ - Δ (H + λ) / diag(H + λ)`: the least of `tr(Δ (H + λ) Δᵀ)` along each weight, λ a tenth of the mean."""
+        hessian = self.symmetric()
+        diagonal = hessian.diagonal()
+        damp = 0.1 * diagonal.mean()
+        return delta - (delta @ hessian + damp * delta) / (diagonal + damp).clamp(min=torch.finfo(delta.dtype).tiny)
+
     def state_dict(self) -> dict[str, Tensor]:
         return {"sum": self.symmetric(), "tokens": torch.tensor(self.tokens)}
 

@@ -229,6 +229,17 @@ class Block:
         self.outputs = outputs
         return outputs
 
+    def forward(self, batch: int) -> Tensor:
+        """The output `[B, T, H]` for one batch, with the weights as they are in the parameters of `places`."""
+        args, kwargs = self._calls[batch]
+        result = self._load()(self._stream._hidden[batch], *args, **kwargs)
+        return result[0] if isinstance(result, tuple) else result
+
+    def places(self, matrices: list[Matrix]) -> list[tuple[nn.Parameter, Callable[[Tensor], Tensor]]]:
+        """Where each matrix is while the block runs, and what cuts it `[O, I]` out of such a tensor."""
+        self._load()
+        return [self._stream.skeleton.place(matrix) for matrix in matrices]
+
     def _load(self) -> nn.Module:
         if self._module is None:
             with self._stream.clock.phase("load"):
@@ -412,9 +423,11 @@ class _Spilled:
     def __len__(self) -> int:
         return self.count
 
+    def __getitem__(self, index: int) -> Tensor:
+        return load_file(self.folder / f"{index:06d}.safetensors")["hidden"]
+
     def __iter__(self) -> Iterator[Tensor]:
-        for index in range(self.count):
-            yield load_file(self.folder / f"{index:06d}.safetensors")["hidden"]
+        return (self[index] for index in range(self.count))
 
     def __del__(self) -> None:
         for path in self.folder.glob("*.safetensors"):

@@ -11,6 +11,7 @@ import typer
 from .base import Device, Dtype, Json, MethodCommand, Model, Seed, Spill
 
 COMMAND = MethodCommand  # the chosen method's own fields are options too
+REFINE_TOKENS = 2048  # of one step of --refine
 HUB_TEXT = "hf:allenai/c4:en:validation"
 
 
@@ -25,6 +26,7 @@ def quantize(
     seqlen: Annotated[int | None, typer.Option(min=2, help="tokens per sequence; default 2048, of self 512")] = None,
     targets: Annotated[list[str], typer.Option(help="what to compress: a glob, or re:REGEX; may be repeated")] = ["*"],  # noqa: B006
     ignore: Annotated[list[str], typer.Option(help="what to leave as it is: a glob, or re:REGEX")] = [],  # noqa: B006
+    refine: Annotated[int, typer.Option(min=0, help="steps of learned rounding on each block's output")] = 0,
     rotate: Annotated[str | None, typer.Option(help="rotate the weights first: heads, residual or all")] = None,
     seed: Seed = 0,
     dtype: Dtype = "auto",
@@ -52,7 +54,7 @@ def quantize(
     if method in listing("compress", "Rewrite"):
         raise ValueError(f"--method {method}: it packs nothing, but can go before a method: --{method}")
     settings = context.obj | {"bits": bits}
-    needs = configure(method, settings).needs
+    needs = bool(configure(method, settings).needs or refine)
     check_device(device)
     check_dtype(dtype)
     source = open_source(model)
@@ -64,6 +66,7 @@ def quantize(
         {
             "dtype": dtype,
             "calibration": _calibration(source, data if needs else None, nsamples, seqlen) | {"seed": seed},
+            "refine": refine,
             "steps": [
                 *_rotation(rotate, seed),
                 {"method": method, **settings, "targets": targets, "ignore": ignore},
@@ -82,7 +85,8 @@ def quantize(
     batches: list[Any] = []
     if text is not None:
         show_text(screen, text)
-        batches = list(text.batches.split(max(1, batch // recipe.calibration.seqlen)))
+        tokens = min(batch, REFINE_TOKENS) if refine else batch
+        batches = list(text.batches.split(max(1, tokens // recipe.calibration.seqlen)))
     again = f"acc {_command(model, None if out else folder)} --resume"
     try:
         with Meter(screen) as meter:
@@ -223,9 +227,9 @@ def _summary(screen: Any, source: Any, rewritten: Any, made: Any, outcome: Any) 
     screen.table("", ["", "dense", "packed", "bits", "stored bits", "nominal"], rows)
     share = after["packed_parameters"] / after["parameters"]
     screen.line(f"\n{percent(share)} of {count(after['parameters'])} weights packed in {clock(outcome.seconds)}")
-    slowest = sorted(outcome.phases.items(), key=lambda item: -item[1])
+    slowest = [item for item in sorted(outcome.phases.items(), key=lambda item: -item[1]) if item[1] >= 1]
     if slowest:
-        screen.line("  " + ", ".join(f"{phase} {clock(seconds)}" for phase, seconds in slowest if seconds >= 1))
+        screen.line("  " + ", ".join(f"{phase} {clock(seconds)}" for phase, seconds in slowest))
     worst = sorted(_packed(outcome.records), key=lambda record: -record["relative_error"])[:3]
     for record in worst:
         name = record["tensor"] if record.get("part") is None else f"{record['tensor']}[{record['part']}]"

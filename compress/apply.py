@@ -29,6 +29,7 @@ from ..formats.source import Source, all_finite, finite
 from ..formats.store import Store
 from .card import card
 from .recipe import Recipe, Step
+from .refine import Rounding, refine
 
 Record = dict[str, Any]
 Report = Callable[[float, str], None]  # told the fraction done and what is being done
@@ -80,8 +81,9 @@ def apply(
     chosen = assign(recipe, stream)
     if max(stream.block_bytes) >= LARGE:
         _give_back_memory()
-    if recipe.needs and not batches:
-        raise ValueError(f"{recipe.steps[0].method} needs calibration text: name one with --data")
+    if (recipe.needs or recipe.refine) and not batches:
+        wants = recipe.steps[0].method if recipe.needs else "refine"
+        raise ValueError(f"{wants} needs calibration text: name one with --data")
     if recipe.rewrites:
         report(0.0, "comparing with the rewritten model")
         recipe.prove(original, device)
@@ -92,7 +94,7 @@ def apply(
     if store.complete:
         report(1.0, "nothing left to do")
         return Outcome(store.out, [], [], time.monotonic() - started, {})
-    work = _Work(stream, chosen, batches, report)
+    work = _Work(recipe, stream, chosen, batches, report)
     entries: dict[str, Entry] = {}
 
     def pack(block: Block) -> dict[str, tuple[Entry, list[PackedWeight]]]:
@@ -178,39 +180,48 @@ def _compress_block(
     for name, tensor in block.tensors.items():
         finite(tensor, name)
     wanted = [matrix for matrix in block.matrices if matrix.tensor in chosen]
-    made: dict[str, dict[int, PackedWeight]] = {}
-    records: list[Record] = []
+    made: dict[Matrix, PackedWeight] = {}
+    records: dict[Matrix, Record] = {}
     phase = work.stream.clock.phase
+    learning = work.refine > 0 and not isinstance(block, Outside)
+    roundings: dict[Matrix, Rounding | None] = {}
     for group in _passes(wanted, chosen, max(STATISTICS_BYTES, block.nbytes)):
         needs = tuple(dict.fromkeys(n for m in group for n in chosen[m.tensor].settings.needs))
         seen = [m for m in group if chosen[m.tensor].settings.needs]
-        statistics = block.observe(seen, needs, outputs=False) if needs else None
+        statistics = block.observe(seen, needs, outputs=learning) if needs else None
         with phase("solve"):
-            for packed, record in _solve(block, group, chosen, statistics):
-                made.setdefault(record["tensor"], {})[record["part"] or 0] = packed
-                records.append(record)
+            for matrix, packed, record in _solve(block, group, chosen, statistics):
+                made[matrix], records[matrix] = packed, record
+                if learning:
+                    known = statistics.of(matrix).values() if statistics is not None else ()
+                    roundings[matrix] = Rounding.of(packed, block.weight(matrix), known)
                 work.solved(packed.shape)
-    parts = {name: [pieces[part] for part in sorted(pieces)] for name, pieces in made.items()}
+    if learning:
+        with phase("refine"):
+            _refine(block, roundings, made, records, work)
+    parts: dict[str, list[PackedWeight]] = {}
+    for matrix in sorted(made, key=lambda m: (m.tensor, m.part or 0)):
+        parts.setdefault(matrix.tensor, []).append(made[matrix])
     entries = _entries(block, {name: (pieces[0].shape, pieces[0].scheme) for name, pieces in parts.items()})
     stored = {name: block.tensors[name] for name in block.names if name not in parts}
-    records += [_kept(name, tensor) for name, tensor in stored.items()]
+    lines = [*records.values(), *(_kept(name, tensor) for name, tensor in stored.items())]
     with phase("pack"):
         for name, pieces in parts.items():
             stored |= {name + suffix: tensor for suffix, tensor in entries[name].pack(pieces).items()}
     remarks = work.stream.source.remarks
-    records = [
-        r | ({"events": remarks[r["tensor"]] + r.get("events", [])} if r["tensor"] in remarks else {}) for r in records
+    lines = [
+        r | ({"events": remarks[r["tensor"]] + r.get("events", [])} if r["tensor"] in remarks else {}) for r in lines
     ]
     with phase("write"):
-        records.sort(key=lambda r: (r["tensor"], r.get("part") or 0))
-        store.write(block.name, stored, records, work.take_phases())
+        lines.sort(key=lambda r: (r["tensor"], r.get("part") or 0))
+        store.write(block.name, stored, lines, work.take_phases())
     return {name: (entries[name], pieces) for name, pieces in parts.items()}
 
 
 def _solve(
     block: Block, group: list[Matrix], chosen: dict[str, Step], statistics: Statistics | None
-) -> Iterator[tuple[PackedWeight, Record]]:
-    """Yields every matrix packed, and its record; batches that leave a core idle are solved side by side."""
+) -> Iterator[tuple[Matrix, PackedWeight, Record]]:
+    """Yields every matrix, packed, and its record; batches that leave a core idle are solved side by side."""
     batches = _together(group, chosen)
     small = all(sum(math.prod(m.shape) for m in batch) < SMALL for batch in batches)
     threads = torch.get_num_threads()
@@ -232,7 +243,7 @@ def _solve(
 
 def _solve_batch(
     block: Block, batch: list[Matrix], chosen: dict[str, Step], statistics: Statistics | None
-) -> list[tuple[PackedWeight, Record]]:
+) -> list[tuple[Matrix, PackedWeight, Record]]:
     """Compresses matrices of one step with equally many inputs; what shares an input is prepared once."""
     step, started = chosen[batch[0].tensor], time.monotonic()
     prepared: dict[Any, tuple[Any, list[Record]]] = {}
@@ -250,7 +261,7 @@ def _solve_batch(
     made = step.settings.compress_all(weights, [prepared[key][0] for key in keys], [_event(e) for e in events])
     share = (time.monotonic() - started) / sum(weight.numel() for weight in weights)
     return [
-        (packed, _record(matrix, step, weight, packed, its, [*prepared[key][1], *said], share * weight.numel()))
+        (matrix, packed, _record(matrix, step, weight, packed, its, [*prepared[key][1], *said], share * weight.numel()))
         for matrix, key, weight, packed, its, said in zip(batch, keys, weights, made, own, events, strict=True)
     ]
 
@@ -284,6 +295,30 @@ def _supported(
                 {"event": "few_tokens", "statistic": name, "tokens": statistic.tokens, "features": matrix.shape[1]}
             )
     return supported
+
+
+def _refine(
+    block: Block,
+    roundings: dict[Matrix, Rounding | None],
+    made: dict[Matrix, PackedWeight],
+    records: dict[Matrix, Record],
+    work: _Work,
+) -> None:
+    """Learns the rounding of what was made of a block; brings that and its records up to date."""
+    learnt = {matrix: rounding for matrix, rounding in roundings.items() if rounding is not None}
+    for matrix in made.keys() - learnt.keys():
+        records[matrix]["events"].append({"event": "not_refined", "reason": "its values are not evenly spaced"})
+    if not learnt:
+        return
+    targets = block.outputs if block.outputs is not None else block.run()
+    gain = refine(block, learnt, targets, work.refine, work.seed + block.index, work.refined)
+    for matrix, rounding in learnt.items():
+        records[matrix]["refined"] = gain
+        if gain["after"] < gain["before"]:
+            weight, made[matrix] = block.weight(matrix).float(), rounding.pack()
+            delta = made[matrix].dequantize() - weight
+            records[matrix]["relative_error"] = float(delta.double().square().sum() / weight.double().square().sum())
+            records[matrix]["error_of"] = "weight"
 
 
 def _event(into: list[Record]) -> Callable[..., None]:
@@ -409,24 +444,30 @@ def _settle(source: Source, entries: dict[str, Entry]) -> set[str]:
 class _Work:
     """How far a run is, in units of what takes time: weights solved for, and tokens through weights."""
 
-    def __init__(self, stream: Stream, chosen: dict[str, Step], batches: Sequence[Tensor], report: Report):
+    def __init__(
+        self, recipe: Recipe, stream: Stream, chosen: dict[str, Step], batches: Sequence[Tensor], report: Report
+    ):
         tokens = sum(batch.numel() for batch in batches)
         passes = 2 if any(step.settings.needs for step in chosen.values()) else 1
         self.report, self.done, self.what = report, 0.0, ""
         self.stream = stream
         self.phases: Counter[str] = Counter()  # seconds of this run
         self.total = 0.0
+        self.refine, self.seed = recipe.refine, recipe.calibration.seed
+        self._step = tokens / max(len(batches), 1) * 3  # a backward takes twice a forward
         last = len(stream.skeleton.layers) - 1
         for index, names in enumerate(stream.skeleton.block_names):
             weights = {name: math.prod(stream.skeleton.shapes[name]) for name in names}
             runs = passes - (index == last)
             self.total += runs * tokens * sum(weights.values())
             self.total += SOLVE * sum(n for name, n in weights.items() if name in chosen)
+            self.total += self.refine * self._step * sum(weights.values())
 
     def enter(self, block: Block) -> None:
         self.what = block.name
         weights = block.weights
         self.stream.tick = lambda tokens: self.add(tokens * weights)
+        self.refined = lambda: self.add(self._step * weights)
         self.add(0)
 
     def take_phases(self) -> dict[str, float]:
@@ -442,6 +483,8 @@ class _Work:
         """A block that an earlier run finished: only its forward is left."""
         shapes = self.stream.skeleton.shapes
         self.total -= SOLVE * sum(math.prod(shapes[name]) for name in block.names if name in chosen)
+        if not isinstance(block, Outside):
+            self.total -= self.refine * self._step * block.weights
 
     def add(self, amount: float) -> None:
         self.done += amount

@@ -65,6 +65,7 @@ class Recipe(BaseModel):
         "auto", pattern="^(auto|float32|bfloat16|float16)$", description="type that the blocks are run in"
     )
     calibration: Calibration = Field(default_factory=lambda: Calibration.model_validate({}))
+    refine: int = Field(0, ge=0, description="steps of learned rounding on each block's output, after the methods")
     rewrites: tuple[SerializeAsAny[Rewrite], ...] = ()  # in YAML the first of the steps
     steps: tuple[Step, ...] = ()
 
@@ -113,6 +114,7 @@ class Recipe(BaseModel):
             "version": self.version,
             "dtype": self.dtype,
             "calibration": self.calibration.model_dump(mode="json"),
+            "refine": self.refine,
             "steps": [
                 *({"method": one.name, **one.model_dump(mode="json")} for one in self.rewrites),
                 *(step.flat() for step in self.steps),

@@ -17,6 +17,22 @@ from ..registry import lookup
 Scheme = dict[str, Any]
 
 
+class Grid(NamedTuple):
+    """The values that a weight may take: `scale · (code - zero) + extra`, columns in packed order.
+
+    codes uint8 `[O, I]`, 0 to `top`; scale and zero fp32 `[G, O]`, each for `group_size` columns; extra fp32 `[O, I]`
+    or None; perm int64 `[I]` or None: packed column j is input perm[j].
+    """
+
+    codes: Tensor
+    top: int
+    scale: Tensor
+    zero: Tensor
+    group_size: int
+    extra: Tensor | None = None
+    perm: Tensor | None = None
+
+
 @dataclass(frozen=True)
 class PackedWeight(ABC):
     """One matrix `W [O, I]` as it lies on disk.
@@ -80,6 +96,14 @@ class PackedWeight(ABC):
     @abstractmethod
     def nominal_bits(cls, shape: tuple[int, int], scheme: Scheme, **counts: int) -> float:
         """Bits per weight as the method's paper counts them, before padding and bookkeeping."""
+
+    def grid(self) -> Grid | None:
+        """What the weight is rounded to; None where its values are not evenly spaced."""
+        return None
+
+    def with_codes(self, codes: Tensor) -> PackedWeight:
+        """The same with other codes `[O, I]`, in packed order. Only where there is a `grid`."""
+        raise NotImplementedError
 
     def tensors(self) -> dict[str, Tensor]:
         """`{suffix: tensor}`; the suffix is appended to the dense tensor's own name."""

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from ..kernels.base import Product, product
 from ..kernels.grouped import grouped_weight
-from ..kernels.packing import CHUNK, pack, pack_stream
-from .base import PackedWeight, Scheme
+from ..kernels.packing import CHUNK, pack, pack_stream, unpack, unpack_stream
+from .base import Grid, PackedWeight, Scheme
 
 SCALE_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -71,6 +71,18 @@ class GroupedWeight(PackedWeight):
 
     def matmul(self, x: Tensor) -> Tensor:
         return self._product(x)
+
+    def grid(self) -> Grid:
+        (rows, columns), bits = self.shape, self.scheme["bits"]
+        if self.zero is None:
+            zero = torch.full(self.scale.shape, float(1 << bits - 1), device=self.scale.device)
+        else:
+            zero = unpack_stream(self.zero, bits, rows).float()
+        codes = unpack(self.codes, bits, columns)
+        return Grid(codes, (1 << bits) - 1, self.scale.float(), zero, _width(self.shape, self.scheme))
+
+    def with_codes(self, codes: Tensor) -> GroupedWeight:
+        return replace(self, codes=pack(codes, self.scheme["bits"]))
 
     def check(self) -> None:
         if not torch.isfinite(self.scale).all() or (self.scale < 0).any():

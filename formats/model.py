@@ -195,7 +195,7 @@ class Skeleton:
         return found
 
     def _resolve_names(self) -> None:
-        resolved = Resolved(self.shapes, self.model)
+        resolved = self._resolved = Resolved(self.shapes, self.model)
         self.conversions, self.targets, self.strays = resolved.conversions, resolved.targets, resolved.strays
         if resolved.missing:
             raise ValueError(
@@ -248,7 +248,7 @@ class Skeleton:
     def load_block(self, index: int, tensors: Mapping[str, Tensor]) -> nn.Module:
         self.load(tensors)
         self._fill_buffers(self.layers[index])
-        return self.layers[index]
+        return self.layers[index].requires_grad_(False)
 
     def drop_block(self, index: int) -> None:
         self.layers[index].to("meta")
@@ -327,6 +327,22 @@ class Skeleton:
                     matrix = (shape[2], shape[1]) if t else (shape[1], shape[2])
                     found += [Matrix(name, e, path, e, role, matrix, t) for e in range(shape[0])]
         return found
+
+    def place(self, matrix: Matrix) -> tuple[nn.Parameter, Callable[[Tensor], Tensor]]:
+        """The parameter that a matrix of a loaded block is in, and what cuts the matrix `[O, I]`, a view, out of it or
+        out of a tensor of its shape."""
+        target = self.targets[matrix.tensor]
+        parameter, expert = self.model.get_parameter(target.parameter), matrix.expert
+        if expert is None:
+            return parameter, lambda whole: whole
+        if target.pattern is None:
+            return parameter, lambda whole: whole[expert].T if matrix.transposed else whole[expert]
+        first = 0  # of the rows, where an expert's matrices lie one above the other
+        for name, of, _ in self._resolved.pieces(target.parameter):
+            if name == matrix.tensor:
+                break
+            first += self.shapes[name][0] if of == expert else 0
+        return parameter, lambda whole: whole[expert, first : first + matrix.shape[0]]
 
     def outer_matrices(self) -> list[Matrix]:
         """The output head, where it is a stored matrix of its own and not the embeddings' twin."""

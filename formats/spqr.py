@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from ..kernels.base import Product, product
-from ..kernels.packing import CHUNK, pack, pack_stream
-from ..kernels.spqr import OUTLIER_BLOCK, outlier_position, outliers_per_row, spqr_weight
-from .base import PackedWeight, Scheme
+from ..kernels.packing import CHUNK, pack, pack_stream, unpack, unpack_stream
+from ..kernels.spqr import OUTLIER_BLOCK, outlier_position, outliers_per_row, spqr_weight, statistic
+from .base import Grid, PackedWeight, Scheme
 
 STAT_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -137,6 +137,25 @@ class SpQRWeight(PackedWeight):
 
     def matmul(self, x: Tensor) -> Tensor:
         return self._product(x)
+
+    def grid(self) -> Grid:
+        (rows, columns), numbers = self.shape, self.numbers()
+        share = numbers["stat_group_size"]
+        extra = torch.zeros(rows, columns, device=self.codes.device)
+        row, column = outlier_position(self.outlier_count, self.outlier_column, columns)
+        extra[row, column] = self.outlier_value.float()
+        return Grid(
+            unpack(self.codes, numbers["bits"], columns),
+            (1 << numbers["bits"]) - 1,
+            statistic(unpack_stream(self.scale, numbers["scale_bits"], rows), *self.stat[..., :2].unbind(-1), share),
+            statistic(unpack_stream(self.zero, numbers["zero_bits"], rows), *self.stat[..., 2:].unbind(-1), share),
+            numbers["group_size"],
+            extra,
+            None if self.perm is None else self.perm.long(),
+        )
+
+    def with_codes(self, codes: Tensor) -> SpQRWeight:
+        return replace(self, codes=pack(codes, self.scheme["bits"]))
 
     def check(self) -> None:
         columns = self.shape[1]

@@ -1,0 +1,125 @@
+"""Learned rounding: what a block's weights were rounded to is set anew so that the block's output comes out closer.
+
+SignRound (arXiv 2309.05516), begun from what a method made instead of from the nearest values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from ..calibrate.base import Statistic
+from ..calibrate.stream import Block
+from ..formats.base import Grid, PackedWeight
+from ..formats.model import Matrix
+
+REACH = 0.5  # how far a weight may be moved, in steps of its grid
+
+
+class Rounding:
+    """The codes of one matrix while they are learned: a real number for each, whose nearest integer is the code."""
+
+    def __init__(self, packed: PackedWeight, grid: Grid, aim: Tensor):
+        """`aim [O, I]`: what each weight would best be if it were not rounded. There it starts, or at the near edge of
+        its code; so what was rounded far is what changes first."""
+        self.packed, self.grid = packed, grid
+        self.scale, self.zero = wide(grid.scale, grid), wide(grid.zero, grid)
+        aim = aim if grid.perm is None else aim[:, grid.perm]
+        aim = aim if grid.extra is None else aim - grid.extra
+        exact = torch.where(self.scale > 0, aim / self.scale + self.zero, grid.codes)
+        edge = REACH * (1 - 2**-10)
+        self.start = grid.codes + (exact - grid.codes).clamp_(-edge, edge)
+        self.value = self.start.clone()
+
+    @classmethod
+    def of(cls, packed: PackedWeight, weight: Tensor, statistics: Iterable[Statistic]) -> Rounding | None:
+        """For what was made of `weight [O, I]`, with what is known of its input; None where there are no codes to
+        learn."""
+        grid = packed.grid()
+        if grid is None:
+            return None
+        error = packed.dequantize() - weight.float()
+        known = next((statistic for statistic in statistics if statistic.tokens), None)
+        return cls(packed, grid, weight + (known.alone(error) if known is not None else torch.zeros_like(error)))
+
+    def codes(self) -> Tensor:
+        return self.value.round().clamp_(0, self.grid.top)
+
+    def dense(self) -> Tensor:
+        """`[O, I]` as `dequantize` will give it."""
+        weight = (self.codes() - self.zero).mul_(self.scale)
+        if self.grid.extra is not None:
+            weight += self.grid.extra
+        if self.grid.perm is None:
+            return weight
+        return torch.empty_like(weight).index_copy_(1, self.grid.perm, weight)
+
+    def descend(self, gradient: Tensor, rate: float) -> None:
+        """One step against the sign of the loss's gradient `[O, I]` by the dense weight."""
+        gradient = gradient if self.grid.perm is None else gradient[:, self.grid.perm]
+        self.value.sub_(gradient.sign().mul_(self.scale.sign()), alpha=rate)
+        torch.minimum(torch.maximum(self.value, self.start - REACH), self.start + REACH, out=self.value)
+
+    def pack(self) -> PackedWeight:
+        return self.packed.with_codes(self.codes().byte())
+
+
+def wide(statistic: Tensor, grid: Grid) -> Tensor:
+    """`[G, O]`, one for each group -> `[O, I]`, one for each weight."""
+    return statistic.T.repeat_interleave(grid.group_size, 1)[:, : grid.codes.shape[1]]
+
+
+def distance(output: Tensor, target: Tensor) -> Tensor:
+    """The squared error of `[B, T, H]` relative to each token's own size, which a norm takes out: the mean."""
+    target = target.float()
+    return ((output.float() - target).square().mean(-1) / target.square().mean(-1)).mean()
+
+
+@torch.no_grad()
+def refine(
+    block: Block,
+    roundings: dict[Matrix, Rounding],
+    targets: Sequence[Tensor],
+    steps: int,
+    seed: int,
+    tick: Callable[[], None],
+) -> dict[str, float]:
+    """Learns the codes of a block's matrices in `steps` steps of signed descent, each on one batch.
+
+    `targets` are the block's outputs `[B, T, H]` with its dense weights, for the same inputs. Returns the mean distance
+    of its outputs from them before and after; the block is left with the packed weights in its parameters.
+    """
+    places = block.places(list(roundings))
+    parameters = list(dict.fromkeys(parameter for parameter, _ in places))
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.cat([torch.randperm(len(targets), generator=generator) for _ in range(-(-steps // len(targets)))])
+
+    def put() -> None:
+        for (parameter, cut), rounding in zip(places, roundings.values(), strict=True):
+            cut(parameter.data).copy_(rounding.dense())
+
+    def measure() -> float:
+        losses = [distance(block.forward(batch), target) for batch, target in enumerate(targets)]
+        return float(torch.stack(losses).mean())
+
+    put()
+    before = measure()
+    try:
+        for step, batch in enumerate(order[:steps].tolist()):
+            for parameter in parameters:
+                parameter.requires_grad_(True)
+            with torch.enable_grad():
+                loss = distance(block.forward(batch), targets[batch])
+                found = torch.autograd.grad(loss, parameters, allow_unused=True)
+            gradients = dict(zip(parameters, found, strict=True))
+            for rounding, (parameter, cut) in zip(roundings.values(), places, strict=True):
+                if (gradient := gradients[parameter]) is not None:
+                    rounding.descend(cut(gradient).float(), REACH / steps * (1 - step / steps))
+            put()
+            tick()
+    finally:
+        for parameter in parameters:
+            parameter.requires_grad_(False)
+    return {"before": before, "after": measure()}

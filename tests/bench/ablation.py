@@ -1,0 +1,106 @@
+"""Each option of SpQR alone, on one model: what it costs in bits and seconds, and what it brings.
+
+    python tests/bench/ablation.py MODEL --data CALIBRATION.txt --eval TEXT.txt --out tests/bench/results/NAME.json
+
+Every row is made by `acc quantize` in a process of its own and scored by `acc eval`: perplexity, its excess over the
+dense model's in nats per token, stored bits. Rows that are in the output file are not made again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))
+from quality import ACC, machine
+
+LEAN = ["--stat-group-size", "64", "--outlier-threshold", "0.5"]
+WIDE = ["--group-size", "32", "--stat-group-size", "64", "--outlier-threshold", "1.0"]
+ROWS: dict[str, list[str]] = {
+    "authors": ["--damp-percent", "1", "--stat-group-size", "16", "--outlier-threshold", "0.2", "--sweeps", "0"],
+    "damp 0.1": ["--stat-group-size", "16", "--outlier-threshold", "0.2", "--sweeps", "0"],
+    "damp 0.1, sweep": ["--stat-group-size", "16", "--outlier-threshold", "0.2"],
+    "lean statistics": LEAN,
+    "lean, no sweep": [*LEAN, "--sweeps", "0"],
+    "lean, refine 16": [*LEAN, "--refine", "16"],
+    "lean, rotate heads": [*LEAN, "--rotate", "heads"],
+    "lean, rotate residual": [*LEAN, "--rotate", "residual"],
+    "groups of 32": WIDE,
+    "groups of 32, refine 16": [*WIDE, "--refine", "16"],
+}
+
+
+def run(command: list[str]) -> dict[str, Any]:
+    environment = os.environ | {"ACC_KERNELS": "cache"}  # the dense weights in memory: long windows run faster
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment)
+    if done.returncode:
+        sys.exit(f"failed: {' '.join(command)}")
+    return json.loads(done.stdout)
+
+
+def score(arguments: argparse.Namespace, model: str) -> float:
+    """Perplexity."""
+    command = [str(ACC), "eval", model, "--data", arguments.eval, "--window", str(arguments.window)]
+    return run([*command, "--windows", str(arguments.windows), "--json"])["perplexity"]
+
+
+def row(arguments: argparse.Namespace, bits: int, options: list[str]) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as folder:
+        out = str(Path(folder) / "out")
+        command = [str(ACC), "quantize", arguments.model, out, "--bits", str(bits), *options, "--data", arguments.data]
+        command += ["--nsamples", str(arguments.nsamples), "--seqlen", str(arguments.seqlen), "--json"]
+        started = time.monotonic()
+        made = run(command)
+        seconds = time.monotonic() - started
+        perplexity = score(arguments, out)
+    return {
+        "bits": bits,
+        "options": options,
+        "stored_bits": round(made["packed"]["packed_bits"], 4),
+        "perplexity": round(perplexity, 4),
+        "seconds": round(seconds, 1),
+        "phases": made["phases"],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--eval", required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--bits", nargs="*", type=int, default=[3])
+    parser.add_argument("--rows", nargs="*", default=list(ROWS), help="which rows; all by default")
+    for name, default in (("nsamples", 32), ("seqlen", 1024), ("window", 2048), ("windows", 16)):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    arguments = parser.parse_args()
+    settings = {name: getattr(arguments, name) for name in ("nsamples", "seqlen", "window", "windows")}
+    found = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
+    dense = found.get("dense_perplexity") or score(arguments, arguments.model)
+    rows = found.get("rows", {})
+    for bits in arguments.bits:
+        for name in arguments.rows:
+            key = f"{bits} bits, {name}"
+            if key in rows:
+                continue
+            print(key, flush=True)
+            rows[key] = row(arguments, bits, ROWS[name])
+            rows[key]["excess_nats"] = round(math.log(rows[key]["perplexity"] / dense), 4)
+            whole = {
+                "model": Path(arguments.model).name,
+                "text": [Path(arguments.data).name, Path(arguments.eval).name],
+            }
+            whole |= {"settings": settings, "machine": machine(), "dense_perplexity": dense, "rows": rows}
+            arguments.out.write_text(json.dumps(whole, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
