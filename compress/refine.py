@@ -15,7 +15,7 @@ from ..calibrate.stream import Block
 from ..formats.base import Grid, PackedWeight
 from ..formats.model import Matrix
 
-REACH = 0.5  # how far a weight may be moved, in steps of its grid
+REACH = 0.5  # about twice as far as all steps together move a weight, in steps of its grid
 
 
 class Rounding:
@@ -25,13 +25,12 @@ class Rounding:
         """`aim [O, I]`: what each weight would best be if it were not rounded. There it starts, or at the near edge of
         its code; so what was rounded far is what changes first."""
         self.packed, self.grid = packed, grid
-        self.scale, self.zero = wide(grid.scale, grid), wide(grid.zero, grid)
         aim = aim if grid.perm is None else aim[:, grid.perm]
         aim = aim if grid.extra is None else aim - grid.extra
-        exact = torch.where(self.scale > 0, aim / self.scale + self.zero, grid.codes)
-        edge = REACH * (1 - 2**-10)
-        self.start = grid.codes + (exact - grid.codes).clamp_(-edge, edge)
-        self.value = self.start.clone()
+        scale = wide(grid.scale, grid)
+        exact = torch.where(scale > 0, aim / scale + wide(grid.zero, grid), grid.codes)
+        edge = 0.5 - 2**-11
+        self.value = (exact - grid.codes).clamp_(-edge, edge).add_(grid.codes)
 
     @classmethod
     def of(cls, packed: PackedWeight, weight: Tensor, statistics: Iterable[Statistic]) -> Rounding | None:
@@ -49,7 +48,7 @@ class Rounding:
 
     def dense(self) -> Tensor:
         """`[O, I]` as `dequantize` will give it."""
-        weight = (self.codes() - self.zero).mul_(self.scale)
+        weight = self.codes().sub_(wide(self.grid.zero, self.grid)).mul_(wide(self.grid.scale, self.grid))
         if self.grid.extra is not None:
             weight += self.grid.extra
         if self.grid.perm is None:
@@ -59,8 +58,7 @@ class Rounding:
     def descend(self, gradient: Tensor, rate: float) -> None:
         """One step against the sign of the loss's gradient `[O, I]` by the dense weight."""
         gradient = gradient if self.grid.perm is None else gradient[:, self.grid.perm]
-        self.value.sub_(gradient.sign().mul_(self.scale.sign()), alpha=rate)
-        torch.minimum(torch.maximum(self.value, self.start - REACH), self.start + REACH, out=self.value)
+        self.value.sub_(gradient.sign() * wide(self.grid.scale.sign(), self.grid), alpha=rate)
 
     def pack(self) -> PackedWeight:
         return self.packed.with_codes(self.codes().byte())
@@ -74,7 +72,8 @@ def wide(statistic: Tensor, grid: Grid) -> Tensor:
 def distance(output: Tensor, target: Tensor) -> Tensor:
     """The squared error of `[B, T, H]` relative to each token's own size, which a norm takes out: the mean."""
     target = target.float()
-    return ((output.float() - target).square().mean(-1) / target.square().mean(-1)).mean()
+    size = target.square().mean(-1).clamp(min=torch.finfo(torch.float32).tiny)
+    return ((output.float() - target).square().mean(-1) / size).mean()
 
 
 @torch.no_grad()

@@ -20,8 +20,8 @@ Scheme = dict[str, Any]
 class Grid(NamedTuple):
     """The values that a weight may take: `scale · (code - zero) + extra`, columns in packed order.
 
-    codes uint8 `[O, I]`, 0 to `top`; scale and zero fp32 `[G, O]`, each for `group_size` columns; extra fp32 `[O, I]`
-    or None; perm int64 `[I]` or None: packed column j is input perm[j].
+    codes uint8 `[O, I]`, 0 to `top`; scale and zero fp32 `[G, O]`, each for `group_size` columns; extra `[O, I]` or
+    None; perm int64 `[I]` or None: packed column j is input perm[j].
     """
 
     codes: Tensor

@@ -141,9 +141,9 @@ class SpQRWeight(PackedWeight):
     def grid(self) -> Grid:
         (rows, columns), numbers = self.shape, self.numbers()
         share = numbers["stat_group_size"]
-        extra = torch.zeros(rows, columns, device=self.codes.device)
+        extra = torch.zeros(rows, columns, dtype=self.outlier_value.dtype, device=self.codes.device)
         row, column = outlier_position(self.outlier_count, self.outlier_column, columns)
-        extra[row, column] = self.outlier_value.float()
+        extra[row, column] = self.outlier_value
         return Grid(
             unpack(self.codes, numbers["bits"], columns),
             (1 << numbers["bits"]) - 1,

@@ -152,6 +152,22 @@ def test_rotated_first(capsys, model, text, tmp_path):
     assert "--residual" in said
 
 
+def test_refined_after(capsys, model, text, tmp_path):
+    """Rounding alone needs no text, learned rounding does; the recipe that lies beside the result says so."""
+    out = tmp_path / "refined"
+    words = ["quantize", model, out, "--method", "rtn", "--group-size", "16", "--bits", "2", "--refine"]
+    words = [*words, "6", "--data", text, "--nsamples", "4", "--seqlen", "32"]
+    code, said, _ = call(capsys, *words)
+    assert code == 0
+    assert "Text" in said
+    assert "refine: 6" in (out / "recipe.yaml").read_text()
+    assert call(capsys, "verify", out)[0] == 0
+    code, said, _ = call(capsys, *words, "--overwrite", "--json")
+    assert "refine" in json.loads(said)["phases"]
+    assert json.loads(said)["recipe"]["refine"] == 6
+    assert "refine" in one_line(capsys, 2, "quantize", model, tmp_path / "no", "--refine", "-1")
+
+
 def test_an_option_of_the_method_is_never_taken_for_the_output(capsys, model, tmp_path, monkeypatch):
     """Without OUT, the value of an option that only the method knows must not become the folder's name."""
     monkeypatch.chdir(tmp_path)
