@@ -26,7 +26,7 @@ def quantize(
     seqlen: Annotated[int | None, typer.Option(min=2, help="tokens per sequence; default 2048, of self 512")] = None,
     targets: Annotated[list[str], typer.Option(help="what to compress: a glob, or re:REGEX; may be repeated")] = ["*"],  # noqa: B006
     ignore: Annotated[list[str], typer.Option(help="what to leave as it is: a glob, or re:REGEX")] = [],  # noqa: B006
-    refine: Annotated[int, typer.Option(min=0, help="steps of learned rounding on each block's output")] = 0,
+    refine: Annotated[int | None, typer.Option(min=0, help="steps of learned rounding; spqr: 16, others: 0")] = None,
     rotate: Annotated[str | None, typer.Option(help="rotate the weights first: heads, residual or all")] = None,
     seed: Seed = 0,
     dtype: Dtype = "auto",
@@ -54,7 +54,9 @@ def quantize(
     if method in listing("compress", "Rewrite"):
         raise ValueError(f"--method {method}: it packs nothing, but can go before a method: --{method}")
     settings = context.obj | {"bits": bits}
-    needs = bool(configure(method, settings).needs or refine)
+    chosen = configure(method, settings)
+    refine = chosen.refine if refine is None else refine
+    needs = bool(chosen.needs or refine)
     check_device(device)
     check_dtype(dtype)
     source = open_source(model)

@@ -26,6 +26,7 @@ class Method(BaseModel):
 
     needs: ClassVar[tuple[str, ...]] = ()  # statistics of the matrix' input, by name: files of `calibrate/`
     format: ClassVar[str]  # the file of `formats/` that `compress` returns
+    refine: ClassVar[int] = 0  # steps of learned rounding that `acc quantize` lets follow, unless it is told otherwise
 
     def prepare(self, statistics: dict[str, Statistic], event: Event) -> Any:
         """What matrices that share one input share, e.g. a factor of the inverse Hessian; computed once for all of

@@ -15,7 +15,9 @@ from ..calibrate.stream import Block
 from ..formats.base import Grid, PackedWeight
 from ..formats.model import Matrix
 
-REACH = 0.5  # about twice as far as all steps together move a weight, in steps of its grid
+REACH = 0.25  # about twice as far as all steps together move a weight, in steps of its grid
+
+MEASURED = 4  # batches, spread over all, that tell whether it helped
 
 
 class Rounding:
@@ -87,8 +89,8 @@ def refine(
 ) -> dict[str, float]:
     """Learns the codes of a block's matrices in `steps` steps of signed descent, each on one batch.
 
-    `targets` are the block's outputs `[B, T, H]` with its dense weights, for the same inputs. Returns the mean distance
-    of its outputs from them before and after; the block is left with the packed weights in its parameters.
+    `targets` are the block's outputs `[B, T, H]` with its dense weights, for the same inputs. Returns how far its
+    outputs are from them before and after, over a few batches; the block is left with the packed weights in its parameters.
     """
     places = block.places(list(roundings))
     parameters = list(dict.fromkeys(parameter for parameter, _ in places))
@@ -100,8 +102,8 @@ def refine(
             cut(parameter.data).copy_(rounding.dense())
 
     def measure() -> float:
-        losses = [distance(block.forward(batch), target) for batch, target in enumerate(targets)]
-        return float(torch.stack(losses).mean())
+        batches = range(0, len(targets), -(-len(targets) // MEASURED))
+        return sum(float(distance(block.forward(batch), targets[batch])) for batch in batches) / len(batches)
 
     put()
     before = measure()

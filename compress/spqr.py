@@ -37,14 +37,15 @@ class SpQR(Method):
 
     needs: ClassVar[tuple[str, ...]] = ("hessian",)
     format: ClassVar[str] = "spqr"
+    refine: ClassVar[int] = 16
 
     bits: int = Field(3, ge=2, le=8, description="bits per code")
     group_size: Literal[8, 16, 32, 64, 128] = Field(16, description="inputs that share a scale and a zero")
     scale_bits: int = Field(3, ge=1, le=8, description="bits per scale")
     zero_bits: int = Field(3, ge=1, le=8, description="bits per zero")
-    stat_group_size: int = Field(16, ge=2, description="rows whose scales, and zeros, share one second-level grid")
+    stat_group_size: int = Field(64, ge=2, description="rows whose scales, and zeros, share one second-level grid")
     outlier_threshold: float | None = Field(
-        0.2, ge=0, description="relative error above which a weight is kept apart; higher: fewer are; null: none"
+        0.5, ge=0, description="relative error above which a weight is kept apart; higher: fewer are; null: none"
     )
     damp_percent: float = Field(0.1, ge=0, description="multiple of its mean added to the Hessian's diagonal")
     sweeps: int = Field(1, ge=0, description="passes over all columns after the first, each weight set anew")

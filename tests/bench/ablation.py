@@ -24,10 +24,12 @@ from quality import ACC, machine
 
 LEAN = ["--stat-group-size", "64", "--outlier-threshold", "0.5"]
 WIDE = ["--group-size", "32", "--stat-group-size", "64", "--outlier-threshold", "1.0"]
-ROWS: dict[str, list[str]] = {
-    "authors": ["--damp-percent", "1", "--stat-group-size", "16", "--outlier-threshold", "0.2", "--sweeps", "0"],
-    "damp 0.1": ["--stat-group-size", "16", "--outlier-threshold", "0.2", "--sweeps", "0"],
-    "damp 0.1, sweep": ["--stat-group-size", "16", "--outlier-threshold", "0.2"],
+RICH = ["--stat-group-size", "16", "--outlier-threshold", "0.2"]
+ROWS: dict[str, list[str]] = {  # without --refine unless it is named
+    "authors": [*RICH, "--damp-percent", "1", "--sweeps", "0"],
+    "damp 0.1": [*RICH, "--sweeps", "0"],
+    "damp 0.1, sweep": RICH,
+    "damp 0.1, sweep, refine 16": [*RICH, "--refine", "16"],
     "lean statistics": LEAN,
     "lean, no sweep": [*LEAN, "--sweeps", "0"],
     "lean, refine 16": [*LEAN, "--refine", "16"],
@@ -92,7 +94,8 @@ def main() -> None:
             if key in rows:
                 continue
             print(key, flush=True)
-            rows[key] = row(arguments, bits, ROWS[name])
+            options = ROWS[name] if "--refine" in ROWS[name] else [*ROWS[name], "--refine", "0"]
+            rows[key] = row(arguments, bits, options)
             rows[key]["excess_nats"] = round(math.log(rows[key]["perplexity"] / dense), 4)
             whole = {
                 "model": Path(arguments.model).name,

@@ -25,14 +25,18 @@ import time
 from pathlib import Path
 
 ACC = Path(sys.executable).with_name("acc")
-# The settings of the SpQR authors' run: groups of 16, 3-bit statistics, threshold 0.2, damping 1, activation order, one
-# pass over the columns.
-AUTHORS = ["--group-size", "16", "--outlier-threshold", "0.2", "--damp-percent", "1.0", "--sweeps", "0"]
+# The settings of the SpQR authors' run: groups of 16, 3-bit statistics shared by 16 rows, threshold 0.2, damping 1,
+# activation order, one pass over the columns.
+AUTHORS = ["--group-size", "16", "--stat-group-size", "16", "--outlier-threshold", "0.2", "--damp-percent", "1.0"]
+AUTHORS += ["--sweeps", "0", "--refine", "0"]
 ROWS = {
     "spqr 3": ["spqr", "3", *AUTHORS],
     "rtn 3": ["rtn", "3", "--group-size", "16"],
     "spqr 3 damp 0.1": ["spqr", "3", *AUTHORS, "--damp-percent", "0.1"],
-    "spqr 3, 3.5 bits": ["spqr", "3", "--stat-group-size", "64", "--outlier-threshold", "0.5"],
+    "spqr 3, as it comes": ["spqr", "3"],
+    "spqr 3, groups of 32": ["spqr", "3", "--group-size", "32", "--outlier-threshold", "1.0"],
+    "spqr 4, groups of 32": ["spqr", "4", "--group-size", "32", "--outlier-threshold", "1.0"],
+    "spqr 2, as it comes": ["spqr", "2"],
     "spqr 2": ["spqr", "2", *AUTHORS],
     "spqr 2 threshold 1": ["spqr", "2", *AUTHORS, "--outlier-threshold", "1.0"],
     "rtn 2": ["rtn", "2", "--group-size", "16"],

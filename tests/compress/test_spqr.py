@@ -349,7 +349,8 @@ def test_the_size_of_blocks_does_not_matter(monkeypatch, block):
 
 def test_a_threshold_of_zero_keeps_every_weight():
     weight, x = weight_of(20, 272), correlated(600, 272)
-    packed = run(weight, x, outlier_threshold=0.0, damp_percent=1.0)  # so that little rounding is passed on
+    # so that little rounding is passed on, and codes come close enough for corrections of 11 digits
+    packed = run(weight, x, outlier_threshold=0.0, damp_percent=1.0, stat_group_size=16)
     packed.check()
     assert len(packed.outlier_value) >= 0.99 * weight.numel()
     assert (packed.dequantize() - weight).abs().max() < 2e-4 * weight.abs().max()
