@@ -15,7 +15,7 @@ from ..calibrate.stream import Block
 from ..formats.base import Grid, PackedWeight
 from ..formats.model import Matrix
 
-REACH = 0.25  # about twice as far as all steps together move a weight, in steps of its grid
+REACH = 0.5  # about twice as far as all steps together move a weight, in steps of its grid
 
 MEASURED = 4  # batches, spread over all, that tell whether it helped
 
