@@ -196,6 +196,7 @@ def _compress_block(
                     known = statistics.of(matrix).values() if statistics is not None else ()
                     roundings[matrix] = Rounding.of(packed, block.weight(matrix), known)
                 work.solved(packed.shape)
+        del statistics
     if learning:
         with phase("refine"):
             _refine(block, roundings, made, records, work)

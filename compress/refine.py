@@ -90,7 +90,7 @@ def refine(
     """Learns the codes of a block's matrices in `steps` steps of signed descent, each on one batch.
 
     `targets` are the block's outputs `[B, T, H]` with its dense weights, for the same inputs. Returns how far its
-    outputs are from them before and after, over a few batches; the block is left with the packed weights in its parameters.
+    outputs are from them before and after, over a few batches. The block is left with packed weights in its parameters.
     """
     places = block.places(list(roundings))
     parameters = list(dict.fromkeys(parameter for parameter, _ in places))
