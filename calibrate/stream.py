@@ -87,7 +87,7 @@ class Stream:
         self.clock = Clock()
         self._spill = tempfile.TemporaryDirectory(prefix="acc-hidden-", dir=spill) if spill else None
         self._batches: list[_Carried] = []
-        self._hidden: list[Tensor] | _Spilled = []
+        self._hidden: Hidden = []
         self._pending: Block | None = None
 
     @property
@@ -147,7 +147,7 @@ class Stream:
     def _outer(self) -> contextlib.AbstractContextManager[None]:
         return self.skeleton.outer(StoredTensors(self.source, self.skeleton.outer_names))
 
-    def _new_hidden(self) -> list[Tensor] | _Spilled:
+    def _new_hidden(self) -> Hidden:
         return _Spilled(Path(self._spill.name)) if self._spill else []
 
 
@@ -182,7 +182,7 @@ class Block:
         self.names = stream.skeleton.block_names[index]
         self.tensors = StoredTensors(stream.source, self.names)
         self.matrices = stream.skeleton.matrices(index)
-        self.outputs: list[Tensor] | _Spilled | None = None
+        self.outputs: Hidden | None = None
         self._stream = stream
         self._calls = calls
         self._module: nn.Module | None = None
@@ -221,7 +221,7 @@ class Block:
         return self.weights * self._stream.dtype.itemsize
 
     @torch.no_grad()
-    def run(self) -> list[Tensor] | _Spilled:
+    def run(self) -> Hidden:
         """Runs the batches; keeps and returns the outputs, one `[B, T, H]` per batch."""
         outputs = self._stream._new_hidden()
         for output in self._outputs():
@@ -449,3 +449,6 @@ def _intern(value: Any, known: list[Tensor]) -> Any:
     if isinstance(value, list | tuple):
         return type(value)(_intern(v, known) for v in value)
     return value
+
+
+Hidden = list[Tensor] | _Spilled  # of every batch

@@ -5,13 +5,13 @@ SignRound (arXiv 2309.05516), begun from what a method made instead of from the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
 
 from ..calibrate.base import Statistic
-from ..calibrate.stream import Block
+from ..calibrate.stream import Block, Hidden
 from ..formats.base import Grid, PackedWeight
 from ..formats.model import Matrix
 
@@ -82,7 +82,7 @@ def distance(output: Tensor, target: Tensor) -> Tensor:
 def refine(
     block: Block,
     roundings: dict[Matrix, Rounding],
-    targets: Sequence[Tensor],
+    targets: Hidden,
     steps: int,
     seed: int,
     tick: Callable[[], None],

@@ -140,15 +140,15 @@ class SpQRWeight(PackedWeight):
 
     def grid(self) -> Grid:
         (rows, columns), numbers = self.shape, self.numbers()
-        share = numbers["stat_group_size"]
+        share, scale_bits, zero_bits = (numbers[k] for k in ("stat_group_size", "scale_bits", "zero_bits"))
         extra = torch.zeros(rows, columns, dtype=self.outlier_value.dtype, device=self.codes.device)
         row, column = outlier_position(self.outlier_count, self.outlier_column, columns)
         extra[row, column] = self.outlier_value
         return Grid(
             unpack(self.codes, numbers["bits"], columns),
             (1 << numbers["bits"]) - 1,
-            statistic(unpack_stream(self.scale, numbers["scale_bits"], rows), *self.stat[..., :2].unbind(-1), share),
-            statistic(unpack_stream(self.zero, numbers["zero_bits"], rows), *self.stat[..., 2:].unbind(-1), share),
+            statistic(unpack_stream(self.scale, scale_bits, rows), self.stat[..., 0], self.stat[..., 1], share),
+            statistic(unpack_stream(self.zero, zero_bits, rows), self.stat[..., 2], self.stat[..., 3], share),
             numbers["group_size"],
             extra,
             None if self.perm is None else self.perm.long(),
