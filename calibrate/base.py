@@ -10,6 +10,11 @@ import torch
 from torch import Tensor
 
 
+def squares(delta: Tensor) -> float:
+    """The sum of squares of an error `[O, I]`: what it counts where nothing is known of the input."""
+    return float(delta.double().square().sum())
+
+
 class Statistic(ABC):
     """Summary of the rows that reached one input. Weighted by tokens; padding never arrives here."""
 
@@ -38,7 +43,7 @@ class Statistic(ABC):
 
     def error(self, delta: Tensor) -> float:
         """What an error `delta [O, I]` of the weight costs at the output, per token, where the statistic can tell."""
-        return float(delta.double().square().sum())
+        return squares(delta)
 
     def alone(self, delta: Tensor) -> Tensor:
         """The error that each weight would best have if those of all others stay `delta [O, I]`: none, where the

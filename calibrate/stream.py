@@ -253,14 +253,14 @@ class Block:
             self._module = None
 
     def _outputs(self) -> Iterator[Tensor]:
-        module = self._load()
-        for batch, hidden, (args, kwargs) in zip(self._stream._batches, self._stream._hidden, self._calls):
+        self._load()
+        for index, batch in enumerate(self._stream._batches):
             self._current = batch
-            result = None
+            output = None
             with self._stream.clock.phase("forward"), contextlib.suppress(_SeenAll):
-                result = module(hidden, *args, **kwargs)
-            if result is not None:
-                yield result[0] if isinstance(result, tuple) else result
+                output = self.forward(index)
+            if output is not None:
+                yield output
             self._stream.tick(batch.ids.numel())
 
     @torch.no_grad()

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .. import __version__
-from ..calibrate.base import Statistic
+from ..calibrate.base import Statistic, squares
 from ..calibrate.evaluate import fingerprint_of
 from ..calibrate.stream import Block, Outside, Statistics, Stream
 from ..formats.base import Entry, PackedWeight, Scheme, format_of, quantization_config
@@ -188,7 +188,7 @@ def _compress_block(
     for group in _passes(wanted, chosen, max(STATISTICS_BYTES, block.nbytes)):
         needs = tuple(dict.fromkeys(n for m in group for n in chosen[m.tensor].settings.needs))
         seen = [m for m in group if chosen[m.tensor].settings.needs]
-        statistics = block.observe(seen, needs, outputs=learning) if needs else None
+        statistics = block.observe(seen, needs, outputs=learning and block.outputs is None) if needs else None
         with phase("solve"):
             for matrix, packed, record in _solve(block, group, chosen, statistics):
                 made[matrix], records[matrix] = packed, record
@@ -318,8 +318,7 @@ def _refine(
         if gain["after"] < gain["before"]:
             weight, made[matrix] = block.weight(matrix).float(), rounding.pack()
             delta = made[matrix].dequantize() - weight
-            records[matrix]["relative_error"] = float(delta.double().square().sum() / weight.double().square().sum())
-            records[matrix]["error_of"] = "weight"
+            records[matrix] |= {"relative_error": _relative(delta, weight, squares), "error_of": "weight"}
 
 
 def _event(into: list[Record]) -> Callable[..., None]:
@@ -344,8 +343,6 @@ def _record(
     if not all_finite(delta):
         raise ValueError(f"{matrix.name}: {step.method} gave values that are not finite; try a larger damp_percent")
     known = next((s for s in own.values() if s.tokens), None)
-    of = known.error if known is not None else lambda m: float(m.double().square().sum())
-    scale = of(weight)
     record: Record = {
         "tensor": matrix.tensor,
         "part": matrix.part,
@@ -356,13 +353,19 @@ def _record(
         "bits": packed.scheme.get("bits"),
         "nominal_bits": round(packed.nominal, 4),
         "stored_bits": round(packed.stored_bits, 4),
-        "relative_error": of(delta) / scale if scale > 0 else 0.0,
+        "relative_error": _relative(delta, weight, known.error if known is not None else squares),
         "error_of": "output" if known is not None else "weight",
         "tokens": next((s.tokens for s in own.values()), None),
         "events": events,
         "seconds": seconds,
     }
     return record
+
+
+def _relative(delta: Tensor, weight: Tensor, of: Callable[[Tensor], float]) -> float:
+    """An error `[O, I]` of a weight relative to the weight itself, both measured with `of`."""
+    scale = of(weight)
+    return of(delta) / scale if scale > 0 else 0.0
 
 
 def _kept(name: str, tensor: Tensor) -> Record:

@@ -11,16 +11,13 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
-import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
-from quality import ACC, machine
+from quality import ACC, machine, run
 
 LEAN = ["--stat-group-size", "64", "--outlier-threshold", "0.5"]
 WIDE = ["--group-size", "32", "--stat-group-size", "64", "--outlier-threshold", "1.0"]
@@ -40,18 +37,11 @@ ROWS: dict[str, list[str]] = {  # without --refine unless it is named
 }
 
 
-def run(command: list[str]) -> dict[str, Any]:
-    environment = os.environ | {"ACC_KERNELS": "cache"}  # the dense weights in memory: long windows run faster
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment)
-    if done.returncode:
-        sys.exit(f"failed: {' '.join(command)}")
-    return json.loads(done.stdout)
-
-
 def score(arguments: argparse.Namespace, model: str) -> float:
     """Perplexity."""
     command = [str(ACC), "eval", model, "--data", arguments.eval, "--window", str(arguments.window)]
-    return run([*command, "--windows", str(arguments.windows), "--json"])["perplexity"]
+    scored, _, _ = run([*command, "--windows", str(arguments.windows), "--json"])
+    return scored["perplexity"]
 
 
 def row(arguments: argparse.Namespace, bits: int, options: list[str]) -> dict[str, Any]:
@@ -59,9 +49,7 @@ def row(arguments: argparse.Namespace, bits: int, options: list[str]) -> dict[st
         out = str(Path(folder) / "out")
         command = [str(ACC), "quantize", arguments.model, out, "--bits", str(bits), *options, "--data", arguments.data]
         command += ["--nsamples", str(arguments.nsamples), "--seqlen", str(arguments.seqlen), "--json"]
-        started = time.monotonic()
-        made = run(command)
-        seconds = time.monotonic() - started
+        made, seconds, _ = run(command)
         perplexity = score(arguments, out)
     return {
         "bits": bits,

@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 from acc.calibrate.hessian import Hessian
-from acc.calibrate.stream import Stream
+from acc.calibrate.stream import Block, Stream
 from acc.compress import apply as apply_module
 from acc.compress.apply import apply
 from acc.compress.recipe import Recipe, configure
@@ -208,6 +208,16 @@ def test_gradients_are_off_again(checkpoint, tmp_path, monkeypatch):
     run(checkpoint("llama"), tmp_path / "out")
     assert seen
     assert not any(seen)
+
+
+def test_a_matrix_of_zeros_has_no_error(checkpoint, tmp_path, monkeypatch):
+    weight = Block.weight
+    name = "model.layers.0.mlp.up_proj.weight"
+    monkeypatch.setattr(Block, "weight", lambda self, m: weight(self, m) * (m.tensor != name))
+    outcome = run(checkpoint("llama"), tmp_path / "out")
+    (record,) = [r for r in outcome.records if r["tensor"] == name]
+    assert record["refined"]["after"] < record["refined"]["before"]
+    assert record["relative_error"] == 0.0
 
 
 def test_text_is_asked_for(checkpoint, tmp_path):
