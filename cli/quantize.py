@@ -31,7 +31,7 @@ def quantize(
     seed: Seed = 0,
     dtype: Dtype = "auto",
     device: Device = "cpu",
-    batch: Annotated[int, typer.Option(min=1, help="tokens that go through a block at once")] = 8192,
+    batch: Annotated[int, typer.Option(min=1, help="tokens that go through a block at once")] = 4096,
     spill: Spill = None,
     resume: Annotated[bool, typer.Option("--resume", help="go on with a run that was stopped")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace a folder that acc made")] = False,

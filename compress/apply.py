@@ -42,7 +42,7 @@ STATISTICS_BYTES = 3 << 29
 SOLVE = 8000.0
 SMALL = 16 << 20  # weights of a call that one core solves
 LARGE = 128 << 20  # bytes of a block from which freed memory is given back to the system
-TOGETHER = 8 << 20  # weights that are solved in one call, unless a matrix alone has more
+TOGETHER = 8 << 20  # weights that are solved in one call, or a core's share if less; a matrix stays whole
 
 
 @dataclass(frozen=True)
@@ -223,10 +223,11 @@ def _solve(
     block: Block, group: list[Matrix], chosen: dict[str, Step], statistics: Statistics | None
 ) -> Iterator[tuple[Matrix, PackedWeight, Record]]:
     """Yields every matrix, packed, and its record; batches that leave a core idle are solved side by side."""
-    batches = _together(group, chosen)
+    threads = torch.get_num_threads() if block.device.type == "cpu" else 1
+    share = -(-sum(math.prod(m.shape) for m in group) // threads)
+    batches = _together(group, chosen, min(TOGETHER, share))
     small = all(sum(math.prod(m.shape) for m in batch) < SMALL for batch in batches)
-    threads = torch.get_num_threads()
-    if not small or block.device.type != "cpu":
+    if not small or threads == 1:
         for batch in batches:
             yield from _solve_batch(block, batch, chosen, statistics)
         return
@@ -267,14 +268,14 @@ def _solve_batch(
     ]
 
 
-def _together(group: list[Matrix], chosen: dict[str, Step]) -> list[list[Matrix]]:
-    """Matrices that one call compresses: same step, as many inputs, not too many weights."""
+def _together(group: list[Matrix], chosen: dict[str, Step], limit: int) -> list[list[Matrix]]:
+    """Matrices that one call compresses: same step, as many inputs, at most `limit` weights."""
     batches: list[list[Matrix]] = []
     growing: dict[tuple[int, int], tuple[list[Matrix], int]] = {}
     for matrix in group:
         key, size = (id(chosen[matrix.tensor]), matrix.shape[1]), math.prod(matrix.shape)
         members, used = growing.get(key, ([], 0))
-        if not members or used + size > TOGETHER:
+        if not members or used + size > limit:
             members, used = [], 0
             batches.append(members)
         members.append(matrix)

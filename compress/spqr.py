@@ -142,7 +142,7 @@ class Matrices:
 
     def spread(self, values: Tensor) -> Tensor:
         """`[..., M]` of the matrices -> `[..., O]` of their rows, or `[..., 1]` where there is but one."""
-        return values if len(self.spans) == 1 else values[..., self._of_row]
+        return values if len(self.spans) == 1 else values.index_select(-1, self._of_row)
 
 
 def solve(columns: Tensor, matrices: Matrices, settings: SpQR, dtype: torch.dtype) -> tuple[Tensor, list[Grid], Tensor]:
