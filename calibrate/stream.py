@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..formats.model import Matrix, Skeleton
-from ..formats.source import Source
+from ..formats.source import Source, all_finite
 from ..registry import lookup
 from .base import Statistic
 
@@ -364,7 +364,7 @@ class Statistics:
         return self.of_input[key]
 
     def update(self, key: Key, x: Tensor) -> None:
-        if not torch.isfinite(x.sum(dtype=torch.float32)):
+        if not all_finite(x):
             raise ValueError(f"the input of {key[0]} is not finite during calibration; try another --dtype or --data")
         for statistic in self.ensure(key, x.shape[1]).values():
             statistic.update(x)

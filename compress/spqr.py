@@ -298,11 +298,19 @@ def even_grid(low: Tensor, high: Tensor, top: int) -> tuple[Tensor, Tensor]:
     return scale, -low / scale.clamp(min=TINY)
 
 
-def grid_error(group: Tensor, scale: Tensor, zero: Tensor, importance: Tensor, top: int) -> Tensor:
-    """Squared errors at the output `[..., g, O]` of the nearest values of grids with scale and zero `[..., 1, O]`."""
+def grid_error(
+    group: Tensor,
+    scale: Tensor,
+    zero: Tensor,
+    importance: Tensor,
+    top: int,
+    scratch: tuple[Tensor | None, Tensor | None] = (None, None),
+) -> Tensor:
+    """Squared errors at the output `[..., g, O]` of the nearest values of grids with scale and zero `[..., 1, O]`, in
+    the second tensor of `scratch` if there is one."""
     step = scale.clamp(min=TINY)
-    exact = group / step + zero
-    return exact.round().clamp_(0, top).sub_(exact).mul_(step * importance).square_()
+    exact = torch.add(group / step, zero, out=scratch[0])
+    return torch.round(exact, out=scratch[1]).clamp_(0, top).sub_(exact).mul_(step * importance).square_()
 
 
 def leave_one_out(group: Tensor, importance: Tensor, top: int) -> Tensor:
@@ -376,8 +384,10 @@ def search(
     scale_tries = [torch.full_like(scale, code) for code in range(0, scales.top + 1, strides[0])]
     zero_tries = torch.arange(0.0, zeros.top + 1, strides[1], device=zero.device)[:, None].expand(-1, len(zero))
     while True:
+        scratch = group.new_empty(len(zero_tries), *group.shape), group.new_empty(len(zero_tries), *group.shape)
         for scale_try in scale_tries:
-            errors = grid_error(group, scales.value(scale_try), zeros.value(zero_tries)[:, None], importance, top)
+            values = scales.value(scale_try), zeros.value(zero_tries)[:, None]
+            errors = grid_error(group, *values, importance, top, scratch)
             least, at = errors.clamp_(max=price).sum(1).min(0)  # [tries, g, O] -> [O]
             better = least < best
             best = torch.where(better, least, best)
