@@ -174,10 +174,12 @@ def solve(columns: Tensor, matrices: Matrices, settings: SpQR, dtype: torch.dtyp
             grid = fit(columns[first:last], weigh, limit, settings, dtype)
             tolerance = limit / weigh.square() if settings.outlier_threshold is not None else [None] * (last - first)
             within = torch.stack([of.factor[first:last, first:last] for of in inputs], 2)  # [g, g, M]
-            for i, j in enumerate(range(first, last)):
-                error = round_column(columns[j], codes[j], deltas[j], grid, tolerance[i])
-                torch.mul(error, weigh[i], out=errors[j - start])
-                columns[j + 1 : last].addcmul_(spread(within[i, i + 1 :]), errors[j - start], value=-1)
+            lost = errors[first - start : last - start].unbind()
+            parts = (columns[first:last], codes[first:last], deltas[first:last], weigh)
+            for i, (column, code, delta, weight) in enumerate(zip(*(part.unbind() for part in parts))):
+                error = round_column(column, code, delta, grid, tolerance[i])
+                torch.mul(error, weight, out=lost[i])
+                columns[first + i + 1 : last].addcmul_(spread(within[i, i + 1 :]), lost[i], value=-1)
             pass_on(errors[first - start : last - start], slice(first, last), slice(last, stop))
             grids.append(grid)
         pass_on(errors, slice(start, stop), slice(stop, None))
