@@ -32,7 +32,7 @@ AUTHORS += ["--sweeps", "0", "--refine", "0"]
 ROWS = {
     "spqr 3": ["spqr", "3", *AUTHORS],
     "rtn 3": ["rtn", "3", "--group-size", "16"],
-    "spqr 3 damp 0.1": ["spqr", "3", *AUTHORS, "--damp-percent", "0.1"],
+    "spqr 3, more outliers": ["spqr", "3", "--stat-group-size", "16", "--outlier-threshold", "0.2"],
     "spqr 3, as it comes": ["spqr", "3"],
     "spqr 3, groups of 32": ["spqr", "3", "--group-size", "32", "--outlier-threshold", "1.0"],
     "spqr 4, groups of 32": ["spqr", "4", "--group-size", "32", "--outlier-threshold", "1.0"],

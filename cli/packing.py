@@ -1,0 +1,183 @@
+"""What quantize and apply share: a recipe is shown, run over a model, and what came of it is told."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ..compress.recipe import Recipe
+    from ..formats.source import Source
+    from .ui import Screen
+
+REFINE_TOKENS = 2048  # of one step of learned rounding
+
+
+def pack(
+    screen: Screen,
+    recipe: Recipe,
+    source: Source,
+    folder: Path,
+    *,
+    batch: int,
+    device: str,
+    spill: Path | None,
+    resume: bool,
+    overwrite: bool,
+) -> None:
+    """Runs `recipe` over `source`, `batch` tokens at once, and writes `folder`.
+
+    Raises ValueError for input that cannot be compressed, OSError when the disk cannot take the output, and
+    KeyboardInterrupt with the command that goes on.
+    """
+    from ..calibrate.stream import Stream
+    from ..compress.apply import apply, assign
+    from ..formats.source import open_source
+    from ..formats.store import Store
+    from .base import bits_of, show_text
+    from .ui import Meter
+
+    Store.check(folder, resume=resume, overwrite=overwrite)
+    rewritten = recipe.rewrite(source)
+    assign(recipe, Stream(rewritten))  # a pattern that fits nothing is found before the text is read
+    _show_recipe(screen, recipe, source)
+    for note in rewritten.notes:
+        screen.field("Rewrite", note)
+    text = _text(recipe, source) if recipe.needs or recipe.refine else None
+    batches: list[Any] = []
+    if text is not None:
+        show_text(screen, text)
+        tokens = min(batch, REFINE_TOKENS) if recipe.refine else batch
+        batches = list(text.batches.split(max(1, tokens // recipe.calibration.seqlen)))
+    again = f"acc {_command(source.spec, folder)} --resume"
+    try:
+        with Meter(screen) as meter:
+            outcome = apply(
+                recipe,
+                source,
+                folder,
+                batches,
+                text_record=_stable(text.record()) if text is not None else None,
+                device=device,
+                spill=spill,
+                resume=resume,
+                overwrite=overwrite,
+                report=meter,
+            )
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"what is finished is kept; go on with\n  {again}") from None
+    made = open_source(outcome.folder)
+    _summary(screen, source, rewritten, made, outcome)
+    screen.next(f"acc eval {folder} --base {source.spec} --data {_evaluation(source)}")
+    screen.result(
+        {
+            "folder": str(folder),
+            "recipe": recipe.to_dict(),
+            "dense": bits_of(source),
+            "packed": bits_of(made),
+            "nominal_bits": _nominal(outcome.records),
+            "relative_error": _mean_error(outcome.records),
+            "events": Counter(event["event"] for event in outcome.events),
+            "seconds": round(outcome.seconds, 2),
+            "phases": {phase: round(seconds, 2) for phase, seconds in outcome.phases.items()},
+        }
+    )
+
+
+def _show_recipe(screen: Screen, recipe: Recipe, source: Source) -> None:
+    kind = str(source.dtype).removeprefix("torch.")
+    screen.line(f"Model     {source.spec}: {source.config.get('model_type')}, {kind}")
+    for step in recipe.steps:
+        said = {"bits": getattr(step.settings, "bits", None)} | step.settings.model_dump(exclude_defaults=True)
+        where = [] if step.targets == ("*",) else [", ".join(step.targets)]
+        screen.field("Method", ", ".join([step.method, *(f"{k} {v}" for k, v in said.items()), *where]))
+
+
+def _text(recipe: Any, source: Any) -> Any:
+    """Loads the calibration text that a recipe names."""
+    from ..calibrate.text import load_text
+    from .base import sampler, text_limits, tokenizer_of
+
+    wanted = recipe.calibration
+    return load_text(
+        wanted.data,
+        tokenizer_of(source),
+        nsamples=wanted.nsamples,
+        seqlen=wanted.seqlen,
+        seed=wanted.seed,
+        generate=sampler(source) if wanted.data == "self" else None,
+        **text_limits(source),
+    )
+
+
+def _stable(record: dict[str, Any]) -> dict[str, Any]:
+    """What a resumed run must agree on: the tokens, not where the file lay."""
+    local = record["kind"] not in ("sampled from the model", "hub data set")
+    return record | {"data": Path(record["data"]).name if local else record["data"]}
+
+
+def _command(model: str, folder: Path) -> str:
+    """The command as it was typed, with the output named where it was left to the default."""
+    import shlex
+    import sys
+
+    words = [word for word in sys.argv[1:] if word not in ("--resume", "--overwrite")]
+    if folder not in map(Path, words) and model in words:
+        words.insert(words.index(model) + 1, str(folder))
+    return shlex.join(words)
+
+
+def _evaluation(source: Any) -> str:
+    return "self" if source.kind == "demo" else "TEXT.txt"
+
+
+def _packed(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [record for record in records if record["method"] != "kept"]
+
+
+def _mean(records: list[dict[str, Any]], key: str) -> float | None:
+    rows = _packed(records)
+    weights = sum(row["parameters"] for row in rows)
+    return sum(row[key] * row["parameters"] for row in rows) / weights if weights else None
+
+
+def _nominal(records: list[dict[str, Any]]) -> float | None:
+    return _mean(records, "nominal_bits")
+
+
+def _mean_error(records: list[dict[str, Any]]) -> float | None:
+    return _mean(records, "relative_error")
+
+
+def _summary(screen: Any, source: Any, rewritten: Any, made: Any, outcome: Any) -> None:
+    from .base import bits_of
+    from .ui import clock, count, percent, shorten, size
+
+    before, after = bits_of(source), bits_of(made)
+    of_packed = sum(rewritten.info(name).nbytes for name in made.entries)
+    nominal = _nominal(outcome.records)
+    figures = {
+        "whole model": (before["bytes"], after["bytes"], before["bits"], after["bits"]),
+        "packed part": (
+            of_packed,
+            after["packed_bytes"],
+            8 * of_packed / after["packed_parameters"],
+            after["packed_bits"],
+        ),
+    }
+    rows = [[name, size(a), size(b), f"{c:.3f}", f"{d:.3f}", ""] for name, (a, b, c, d) in figures.items()]
+    rows[-1][-1] = f"{nominal:.3f}" if nominal is not None else ""
+    screen.line()
+    screen.table("", ["", "dense", "packed", "bits", "stored bits", "nominal"], rows)
+    share = after["packed_parameters"] / after["parameters"]
+    screen.line(f"\n{percent(share)} of {count(after['parameters'])} weights packed in {clock(outcome.seconds)}")
+    slowest = [item for item in sorted(outcome.phases.items(), key=lambda item: -item[1]) if item[1] >= 1]
+    if slowest:
+        screen.line("  " + ", ".join(f"{phase} {clock(seconds)}" for phase, seconds in slowest))
+    worst = sorted(_packed(outcome.records), key=lambda record: -record["relative_error"])[:3]
+    for record in worst:
+        name = record["tensor"] if record.get("part") is None else f"{record['tensor']}[{record['part']}]"
+        screen.line(f"  error {percent(record['relative_error']):>6} of the {record['error_of']}  {shorten(name, 50)}")
+    for kind, number in Counter(event["event"] for event in outcome.events).items():
+        screen.line(f"  event {kind}: {number} (report.jsonl names each)")
