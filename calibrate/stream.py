@@ -7,7 +7,7 @@ import math
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -126,6 +126,14 @@ class Stream:
             for batch, hidden in zip(self._batches, self._hidden):
                 yield self.skeleton.logits(batch.ids, hidden, batch.mask).float()
 
+    @torch.no_grad()
+    def logits_of(self, batch: int, hidden: Iterable[Tensor]) -> Iterator[Tensor]:
+        """After the last block: logits `[B, T, V]` in fp32 for other hidden states `[B, T, H]` of a batch."""
+        carried = self._batches[batch]
+        with self._outer():
+            for states in hidden:
+                yield self.skeleton.logits(carried.ids, states, carried.mask).float()
+
     def _settle(self) -> None:
         """Leaves the pending block: its outputs become the next one's inputs."""
         block, self._pending = self._pending, None
@@ -229,10 +237,11 @@ class Block:
         self.outputs = outputs
         return outputs
 
-    def forward(self, batch: int) -> Tensor:
-        """The output `[B, T, H]` for one batch, with the weights as they are in the parameters of `places`."""
+    def forward(self, batch: int, hidden: Tensor | None = None) -> Tensor:
+        """The output `[B, T, H]` for one batch, with the weights as they are in the parameters of `places`; for other
+        hidden states than the batch's own, where they are given."""
         args, kwargs = self._calls[batch]
-        result = self._load()(self._stream._hidden[batch], *args, **kwargs)
+        result = self._load()(self._stream._hidden[batch] if hidden is None else hidden, *args, **kwargs)
         return result[0] if isinstance(result, tuple) else result
 
     def places(self, matrices: list[Matrix]) -> list[tuple[nn.Parameter, Callable[[Tensor], Tensor]]]:

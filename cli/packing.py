@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ..compress.recipe import Recipe
+    from ..calibrate.text import CalibrationText
+    from ..compress.recipe import Recipe, Step
     from ..formats.source import Source
     from .ui import Screen
 
+MANY = 4  # steps, beyond which they are not shown one by one
 REFINE_TOKENS = 2048  # of one step of learned rounding
 
 
@@ -25,8 +27,11 @@ def pack(
     spill: Path | None,
     resume: bool,
     overwrite: bool,
+    text: CalibrationText | None = None,
+    papers: dict[str, str] | None = None,
 ) -> None:
-    """Runs `recipe` over `source`, `batch` tokens at once, and writes `folder`.
+    """Runs `recipe` over `source`, `batch` tokens at once, and writes `folder`, with `papers` beside the weights. The
+    text is loaded and shown here, unless it was before.
 
     Raises ValueError for input that cannot be compressed, OSError when the disk cannot take the output, and
     KeyboardInterrupt with the command that goes on.
@@ -44,10 +49,11 @@ def pack(
     _show_recipe(screen, recipe, source)
     for note in rewritten.notes:
         screen.field("Rewrite", note)
-    text = _text(recipe, source) if recipe.needs or recipe.refine else None
+    if text is None and (recipe.needs or recipe.refine):
+        text = calibration_text(recipe, source)
+        show_text(screen, text)
     batches: list[Any] = []
     if text is not None:
-        show_text(screen, text)
         tokens = min(batch, REFINE_TOKENS) if recipe.refine else batch
         batches = list(text.batches.split(max(1, tokens // recipe.calibration.seqlen)))
     again = f"acc {_command(source.spec, folder)} --resume"
@@ -63,6 +69,7 @@ def pack(
                 spill=spill,
                 resume=resume,
                 overwrite=overwrite,
+                papers=papers,
                 report=meter,
             )
     except KeyboardInterrupt:
@@ -86,20 +93,32 @@ def pack(
 
 
 def _show_recipe(screen: Screen, recipe: Recipe, source: Source) -> None:
+    from .ui import shorten
+
     kind = str(source.dtype).removeprefix("torch.")
     screen.line(f"Model     {source.spec}: {source.config.get('model_type')}, {kind}")
+    if len(recipe.steps) > MANY:
+        tensors = sum(len(step.targets) for step in recipe.steps)
+        screen.field("Method", f"{recipe.steps[0].method}, {len(recipe.steps)} settings for {tensors} tensors")
+        return
     for step in recipe.steps:
-        said = {"bits": getattr(step.settings, "bits", None)} | step.settings.model_dump(exclude_defaults=True)
-        where = [] if step.targets == ("*",) else [", ".join(step.targets)]
-        screen.field("Method", ", ".join([step.method, *(f"{k} {v}" for k, v in said.items()), *where]))
+        where = "" if step.targets == ("*",) else f": {shorten(', '.join(step.targets), 60)}"
+        screen.field("Method", describe(step) + where)
 
 
-def _text(recipe: Any, source: Any) -> Any:
+def describe(step: Step) -> str:
+    """A step's method, its bits, and what is not as it comes."""
+    said = {"bits": getattr(step.settings, "bits", None)} | step.settings.model_dump(exclude_defaults=True)
+    return ", ".join([step.method, *(f"{name} {value}" for name, value in said.items() if value is not None)])
+
+
+def calibration_text(recipe: Recipe, source: Source) -> CalibrationText:
     """Loads the calibration text that a recipe names."""
     from ..calibrate.text import load_text
     from .base import sampler, text_limits, tokenizer_of
 
     wanted = recipe.calibration
+    assert wanted.data is not None
     return load_text(
         wanted.data,
         tokenizer_of(source),

@@ -17,7 +17,10 @@ def quantize(
     context: typer.Context,
     model: Model,
     out: Annotated[Path | None, typer.Argument(help="folder to write; default: MODEL-acc-METHOD-IntBITS")] = None,
-    bits: Annotated[int, typer.Option(help="bits per code, 2 to 8")] = 3,
+    bits: Annotated[float, typer.Option(help="bits per code, 2 to 8; 2.7: stored bits per weight, mixed")] = 3,
+    fit: Annotated[str | None, typer.Option(help="mix bits so that the whole takes at most this, e.g. 6GiB")] = None,
+    sensitivity: Annotated[str, typer.Option(help="what a mix is chosen by: kl of the logits, or output")] = "kl",
+    per_expert: Annotated[bool, typer.Option("--per-expert", help="a mix may treat a layer's experts apart")] = False,
     method: Annotated[str, typer.Option(help="see acc show")] = "spqr",
     data: Annotated[str | None, typer.Option(help="calibration text: file, folder, .jsonl, hf:NAME, or self")] = None,
     nsamples: Annotated[int | None, typer.Option(min=1, help="sequences of text; default 128, of self 64")] = None,
@@ -42,16 +45,20 @@ def quantize(
     from ..compress.recipe import Recipe, configure
     from ..formats.source import open_source
     from ..registry import listing
-    from .base import check_device, check_dtype
-    from .packing import pack
+    from .base import check_device, check_dtype, show_text
+    from .packing import calibration_text, pack
+    from .spending import parse_size, spend
     from .ui import Screen
 
     if method in listing("compress", "Rewrite"):
         raise ValueError(f"--method {method}: it packs nothing, but can go before a method: --{method}")
-    settings = context.obj | {"bits": bits}
+    mixed = fit is not None or bits != int(bits)
+    if sensitivity not in ("kl", "output"):
+        raise ValueError(f"--sensitivity {sensitivity}: expected kl or output")
+    settings = context.obj | {"bits": min(max(round(bits), 2), 8) if mixed else int(bits)}
     chosen = configure(method, settings)
     refine = chosen.refine if refine is None else refine
-    needs = bool(chosen.needs or refine)
+    needs = bool(chosen.needs or refine or mixed)
     check_device(device)
     check_dtype(dtype)
     source = open_source(model)
@@ -70,16 +77,26 @@ def quantize(
             ],
         }
     )
+    screen = Screen(as_json)
+    text, papers = None, {}
+    if mixed:
+        text = calibration_text(recipe, source)
+        show_text(screen, text)
+        size = None if fit is None else parse_size(fit)
+        how = {"scaled": sensitivity == "kl", "per_expert": per_expert, "device": device}
+        recipe, papers["budget.json"] = spend(screen, source, recipe, text, bits=bits, fit=size, **how)
     pack(
-        Screen(as_json),
+        screen,
         recipe,
         source,
-        out or default_name(source, method, bits),
+        out or default_name(source, method, f"{bits:g}" if fit is None else fit),
         batch=batch,
         device=device,
         spill=spill,
         resume=resume,
         overwrite=overwrite,
+        text=text,
+        papers=papers,
     )
 
 
@@ -101,10 +118,11 @@ def _calibration(source: Any, data: str | None, nsamples: int | None, seqlen: in
     return {"data": data, "nsamples": nsamples or samples, "seqlen": seqlen or length}
 
 
-def default_name(source: Any, method: str, bits: int) -> Path:
+def default_name(source: Any, method: str, size: str) -> Path:
     """`Qwen/Qwen3-0.6B` -> `Qwen3-0.6B-acc-SpQR-Int3`."""
     from ..registry import lookup
 
     plain = {"hub": source.spec.partition("@")[0], "gguf": str(Path(source.spec).with_suffix("")), "demo": "demo"}
     name = Path(plain.get(source.kind) or source.folder.resolve()).name
-    return Path(f"{name}-acc-{lookup('compress', method).__name__}-Int{bits}")
+    form = f"Int{size}" if size.isdecimal() else f"{size}bit" if size[-1:].isdecimal() else size
+    return Path(f"{name}-acc-{lookup('compress', method).__name__}-{form}")

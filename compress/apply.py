@@ -7,7 +7,7 @@ import math
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -67,12 +67,14 @@ def apply(
     spill: Path | None = None,
     resume: bool = False,
     overwrite: bool = False,
+    papers: Mapping[str, str] | None = None,
     report: Report = lambda fraction, what: None,
 ) -> Outcome:
     """Runs `recipe` over the model and writes `out`, one shard per block, so that a killed run can go on.
 
     `batches` are token ids `[B, T]`, empty when no step needs statistics. Raises ValueError for input that cannot be
-    compressed, OSError when the disk cannot take the output; what was finished by then stays for `resume`.
+    compressed, OSError when the disk cannot take the output; what was finished by then stays for `resume`. `papers` are
+    texts to be kept beside the weights, by file name.
     """
     started = time.monotonic()
     original, source = source, recipe.rewrite(source)
@@ -120,7 +122,7 @@ def apply(
     folder = store.close(
         config,
         source.side_files(),
-        {"recipe.yaml": recipe.to_yaml(), "README.md": card(source, recipe, records, text_record)},
+        {"recipe.yaml": recipe.to_yaml(), "README.md": card(source, recipe, records, text_record), **(papers or {})},
         expected=_settle(source, entries),
         fingerprint=fingerprint_of(_Written(source, store, entries)),
         root=source.folder,
@@ -185,12 +187,12 @@ def _compress_block(
     phase = work.stream.clock.phase
     learning = work.refine > 0 and not isinstance(block, Outside)
     roundings: dict[Matrix, Rounding | None] = {}
-    for group in _passes(wanted, chosen, max(STATISTICS_BYTES, block.nbytes)):
+    for group in passes(wanted, chosen, max(STATISTICS_BYTES, block.nbytes)):
         needs = tuple(dict.fromkeys(n for m in group for n in chosen[m.tensor].settings.needs))
         seen = [m for m in group if chosen[m.tensor].settings.needs]
         statistics = block.observe(seen, needs, outputs=learning and block.outputs is None) if needs else None
         with phase("solve"):
-            for matrix, packed, record in _solve(block, group, chosen, statistics):
+            for matrix, packed, record in solve(block, group, chosen, statistics):
                 made[matrix], records[matrix] = packed, record
                 if learning:
                     known = statistics.of(matrix).values() if statistics is not None else ()
@@ -219,7 +221,7 @@ def _compress_block(
     return {name: (entries[name], pieces) for name, pieces in parts.items()}
 
 
-def _solve(
+def solve(
     block: Block, group: list[Matrix], chosen: dict[str, Step], statistics: Statistics | None
 ) -> Iterator[tuple[Matrix, PackedWeight, Record]]:
     """Yields every matrix, packed, and its record; batches that leave a core idle are solved side by side."""
@@ -379,7 +381,7 @@ def _kept(name: str, tensor: Tensor) -> Record:
     }
 
 
-def _passes(wanted: list[Matrix], chosen: dict[str, Step], limit: int) -> list[list[Matrix]]:
+def passes(wanted: list[Matrix], chosen: dict[str, Step], limit: int) -> list[list[Matrix]]:
     """Cuts a block's matrices into groups whose statistics take at most `limit` bytes together; siblings of a layer
     stay together as long as they can. An expert's matrices with the same input count once; which linears share theirs
     is not known before they run."""

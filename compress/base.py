@@ -3,8 +3,9 @@ rewrite is, which gives the weights another form before."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -37,10 +38,20 @@ class Method(BaseModel):
         """`weight [O, I]` fp32, not to be modified -> packed, with statistics already rounded as stored."""
         raise NotImplementedError
 
+    def alternatives(self, bits: float) -> list[Self]:
+        """Settings of different sizes, from well below to well above so many stored bits per weight, that a budget for
+        the whole model chooses among; the other fields stay."""
+        return [self]
+
     def compress_all(self, weights: list[Tensor], prepared: list[Any], events: list[Event]) -> list[PackedWeight]:
         """The same for matrices with equally many inputs; a method that gains from taking several at once overrides
         it."""
         return [self.compress(*one) for one in zip(weights, prepared, events, strict=True)]
+
+
+def around(bits: float) -> range:
+    """Bits per code that a mix of so many stored bits may use."""
+    return range(max(math.floor(bits) - 1, 2), min(math.ceil(bits) + 1, 8) + 1)
 
 
 TOLERANCE = (

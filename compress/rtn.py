@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -9,7 +10,7 @@ from pydantic import Field
 from torch import Tensor
 
 from ..formats.grouped import GroupedWeight
-from .base import Event, Method
+from .base import Event, Method, around
 
 
 class Rtn(Method):
@@ -28,6 +29,10 @@ class Rtn(Method):
     bits: int = Field(4, ge=2, le=8, description="bits per code")
     group_size: Literal[-1, 8, 16, 32, 64, 128] = Field(128, description="inputs that share a scale; -1: a whole row")
     symmetric: bool = Field(False, description="grid symmetric around zero, no zero point stored")
+
+    def alternatives(self, bits: float) -> list[Rtn]:
+        sizes = itertools.product(around(bits), (32, 64, 128))
+        return [self.model_copy(update={"bits": code, "group_size": group}) for code, group in sizes]
 
     def compress(self, weight: Tensor, prepared: Any, event: Event) -> GroupedWeight:
         columns, top = weight.shape[1], (1 << self.bits) - 1

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..calibrate.base import Statistic
 from ..calibrate.hessian import inverse_factor, normalised
 from ..formats.spqr import SpQRWeight
-from .base import Event, Method
+from .base import Event, Method, around
 
 BLOCK = 128  # columns whose errors reach the columns after them in one matrix product
 TINY = 1e-30  # a group of zeros has scale 0; this is what its weights are divided by
@@ -64,6 +64,14 @@ class SpQR(Method):
         factor = inverse_factor(hessian, self.damp_percent, event)
         hessian.diagonal().add_(self.damp_percent * hessian.diagonal()[~dead].mean())
         return Prepared(perm, factor, dead, hessian)
+
+    def alternatives(self, bits: float) -> list[SpQR]:
+        """With larger groups fewer weights are kept apart: both save bits where they are worth least."""
+        found = []
+        for code, (group, least) in itertools.product(around(bits), ((16, 0.0), (32, 1.0), (64, 2.0))):
+            threshold = None if self.outlier_threshold is None else max(self.outlier_threshold, least)
+            found.append(self.model_copy(update={"bits": code, "group_size": group, "outlier_threshold": threshold}))
+        return found
 
     def compress(self, weight: Tensor, prepared: Prepared, event: Event) -> SpQRWeight:
         return self.compress_all([weight], [prepared], [event])[0]

@@ -19,7 +19,7 @@ from .fetch import TEMPLATES, WEIGHT_SUFFIXES, fetch, unpack_gguf
 from .safefile import Extent, Shards, confined, is_plain, open_shards, read_json
 
 DEMO = Path(__file__).parents[1] / "recipes" / "demo"
-OWN_FILES = {"recipe.yaml", "report.jsonl", "timing.jsonl", "manifest.json", "README.md", "config.json"}
+OWN_FILES = {"recipe.yaml", "budget.json", "report.jsonl", "timing.jsonl", "manifest.json", "README.md", "config.json"}
 OTHER_QUANTISERS = {"quantize_config.json", "hf_quant_config.json", "quant_config.json"}
 FLOATS = {torch.float64, torch.float32, torch.float16, torch.bfloat16}
 

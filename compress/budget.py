@@ -1,0 +1,226 @@
+"""A budget for the whole model: what each part loses at each setting is measured, and the best table for it is proved.
+
+Parts are what a runtime needs in one form: matrices that share an input (q, k, v; gate, up), all experts of a layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from scipy.optimize import Bounds, LinearConstraint, milp
+from scipy.sparse import csr_array
+from torch import Tensor, nn
+
+from ..calibrate.stream import Block, Statistics, Stream
+from ..formats.base import PackedWeight
+from ..formats.model import Matrix
+from ..formats.source import Source
+from .apply import STATISTICS_BYTES, passes, solve
+from .base import Method
+from .recipe import Step
+from .refine import distance
+
+GAP = 1e-4  # how near to the best a table has to be proved, relative
+SECONDS = 60.0  # for proving it
+
+
+@dataclass(frozen=True)
+class Part:
+    """Matrices of one block that get one setting: their stored tensors, and how many weights they have."""
+
+    block: int
+    tensors: tuple[str, ...]
+    weights: int
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A part at one setting: the bytes it would take, and what is lost by it alone."""
+
+    part: Part
+    method: str
+    settings: Method
+    nbytes: int
+    firm: bool  # whether it will be just so many bytes, whatever the weights become
+    loss: float
+
+    @property
+    def bits(self) -> float:
+        return 8 * self.nbytes / self.part.weights
+
+
+@dataclass(frozen=True)
+class Table:
+    """One choice for every part; no table of as many bytes loses less than `bound`, in the sum of what parts lose."""
+
+    choices: tuple[Choice, ...]
+    bound: float
+
+    @property
+    def loss(self) -> float:
+        return sum(choice.loss for choice in self.choices)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(choice.nbytes for choice in self.choices)
+
+    def steps(self) -> list[Step]:
+        """The steps of a recipe: one for each setting, with the tensors that it is for."""
+        tensors: dict[tuple[str, Method], list[str]] = {}
+        for choice in self.choices:
+            tensors.setdefault((choice.method, choice.settings), []).extend(choice.part.tensors)
+        return [
+            Step(method=method, targets=tuple(names), settings=settings)
+            for (method, settings), names in tensors.items()
+        ]
+
+
+@torch.no_grad()
+def measure(
+    source: Source,
+    targets: set[str],
+    methods: Sequence[tuple[str, Method]],
+    batches: Sequence[Tensor],
+    *,
+    bits: float | None = None,
+    per_expert: bool = False,
+    device: str = "cpu",
+    report: Callable[[float, str], None] = lambda fraction, what: None,
+) -> list[list[Choice]]:
+    """What each part of `targets` loses at each of `methods`, alone, in an otherwise dense model in fp32.
+
+    `batches` are token ids `[B, T]`; the first of them is what losses are measured on. A loss is the squared error of
+    the block's output relative to each token's size. With `bits` it is scaled to what it does to the logits: each
+    part's error at the setting nearest to so many stored bits is carried through the blocks after it, and the loss is
+    the mean divergence KL(dense || packed) in nats per token. One pass over the model does it for all parts.
+    """
+    stream = Stream(source, dtype=torch.float32, device=device)
+    needs = tuple(dict.fromkeys(n for _, method in methods for n in method.needs))
+    table: list[list[Choice]] = []
+    carried: list[Tensor] = []  # of the parts whose loss is scaled, in order: hidden states of the first batch
+    scaled: list[int] = []  # which of its choices was carried, for each part
+    for block in stream.blocks(batches):
+        report(block.index / len(stream.skeleton.layers), f"measuring {block.name}")
+        wanted, before = [matrix for matrix in block.matrices if matrix.tensor in targets], len(carried)
+        steps = [{name: Step(method=kind, settings=method) for name in targets} for kind, method in methods]
+        groups = passes(wanted, steps[0], max(STATISTICS_BYTES, block.nbytes)) if wanted else []
+        if not (groups and needs):
+            block.run()
+        for group in groups:
+            statistics = block.observe(group, needs, outputs=block.outputs is None) if needs else None
+            made = [{m: packed for m, packed, _ in solve(block, group, step, statistics)} for step in steps]
+            for part in parts(block, group, statistics, per_expert):
+                inside = [matrix for matrix in group if matrix.tensor in part.tensors]
+                choices, outputs = [], []
+                for (kind, method), packed in zip(methods, made, strict=True):
+                    output = _output(block, {matrix: packed[matrix] for matrix in inside})
+                    assert block.outputs is not None
+                    nbytes = sum(_nbytes(packed[matrix]) for matrix in inside)
+                    firm = all(_firm(packed[matrix]) for matrix in inside)
+                    choices.append(Choice(part, kind, method, nbytes, firm, float(distance(output, block.outputs[0]))))
+                    outputs.append(output if bits is not None else None)
+                table.append(choices)
+                if bits is not None:
+                    nearest = min(range(len(choices)), key=lambda at: abs(choices[at].bits - bits))
+                    scaled.append(nearest)
+                    carried.append(outputs[nearest])
+            del statistics, made
+        carried = [block.forward(0, hidden) if at < before else hidden for at, hidden in enumerate(carried)]
+    if bits is not None:
+        table = _scaled(stream, table, scaled, carried)
+    stream.close()
+    return table
+
+
+def parts(block: Block, group: Sequence[Matrix], statistics: Statistics | None, per_expert: bool) -> Iterator[Part]:
+    """Cuts matrices of a block into parts: linears by the input they share, experts by their layer or one by one.
+
+    Matrices of one stored tensor stay together."""
+    members: dict[object, list[Matrix]] = {}
+    of_tensor: dict[str, object] = {}
+    for matrix in group:
+        if matrix.role == "linear":
+            key: object = statistics.key(matrix) if statistics is not None else matrix.module
+        else:
+            key = (matrix.module, matrix.expert if per_expert else None)
+        key = of_tensor.setdefault(matrix.tensor, key)
+        members.setdefault(key, []).append(matrix)
+    for matrices in members.values():
+        names = dict.fromkeys(matrix.tensor for matrix in matrices)
+        yield Part(block.index, tuple(names), sum(m.shape[0] * m.shape[1] for m in matrices))
+
+
+def best_table(options: Sequence[Sequence[Choice]], limit: int) -> Table:
+    """The table of least loss that takes at most `limit` bytes: one integer program (HiGHS).
+
+    Raises ValueError, naming the least that is possible, when even the smallest choices take more."""
+    least = sum(min(choice.nbytes for choice in choices) for choices in options)
+    if least > limit:
+        raise ValueError(
+            f"the budget leaves {limit:,} bytes for packed weights; the smallest settings take {least:,}:"
+            " raise the budget, or name fewer tensors to keep with --ignore"
+        )
+    flat = [choice for choices in options for choice in choices]
+    losses = np.array([choice.loss for choice in flat])
+    sizes = np.array([choice.nbytes for choice in flat], dtype=float)
+    owners = np.repeat(np.arange(len(options)), [len(choices) for choices in options])
+    one_each = csr_array((np.ones(len(flat)), (owners, np.arange(len(flat)))), shape=(len(options), len(flat)))
+    scale = losses.max() or 1.0
+    found = milp(
+        losses / scale,
+        integrality=np.ones(len(flat)),
+        bounds=Bounds(0, 1),
+        constraints=[LinearConstraint(one_each, 1, 1), LinearConstraint((sizes / limit)[None], -np.inf, 1)],
+        options={"mip_rel_gap": GAP, "time_limit": SECONDS},
+    )
+    if found.x is None:
+        raise ValueError(f"no table was found within {SECONDS:.0f} seconds ({found.message}); try fewer settings")
+    taken = tuple(choice for choice, chosen in zip(flat, found.x, strict=True) if chosen > 0.5)
+    return Table(taken, float(found.mip_dual_bound) * scale)
+
+
+def _output(block: Block, made: dict[Matrix, PackedWeight]) -> Tensor:
+    """The block's output for the first batch with some of its weights packed; they are put back."""
+    places = block.places(list(made))
+    kept = [cut(parameter.data).clone() for parameter, cut in places]
+    _put(places, [packed.dequantize() for packed in made.values()])
+    try:
+        return block.forward(0)
+    finally:
+        _put(places, kept)
+
+
+def _put(places: list[tuple[nn.Parameter, Callable[[Tensor], Tensor]]], weights: list[Tensor]) -> None:
+    for (parameter, cut), weight in zip(places, weights, strict=True):
+        cut(parameter.data).copy_(weight)
+
+
+def _nbytes(packed: PackedWeight) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in packed.tensors().values())
+
+
+def _firm(packed: PackedWeight) -> bool:
+    return all(None not in size for size, _ in packed.layout(packed.shape, packed.scheme).values())
+
+
+def _scaled(stream: Stream, table: list[list[Choice]], scaled: list[int], carried: list[Tensor]) -> list[list[Choice]]:
+    """Losses at the blocks' outputs, as divergences of the logits: in proportion, from the one that was carried."""
+    dense = next(stream.logits())
+    found = []
+    for choices, at, logits in zip(table, scaled, stream.logits_of(0, carried), strict=True):
+        here = choices[at].loss
+        factor = divergence(dense, logits) / here if here > 0 else 0.0
+        found.append([replace(choice, loss=choice.loss * factor) for choice in choices])
+    return found
+
+
+def divergence(dense: Tensor, logits: Tensor) -> float:
+    """KL(dense || logits) of `[B, T, V]`, the mean over positions, in nats."""
+    total = 0.0
+    for here, there in zip(dense.flatten(0, 1).split(256), logits.flatten(0, 1).split(256), strict=True):
+        log_p, log_q = here.double().log_softmax(-1), there.double().log_softmax(-1)
+        total += float((log_p.exp() * (log_p - log_q)).sum())
+    return max(total, 0.0) / (dense.shape[0] * dense.shape[1])
