@@ -51,6 +51,7 @@ class Method(BaseModel):
 
 def around(bits: float) -> range:
     """Bits per code that a mix of so many stored bits may use."""
+    bits = min(max(bits, 2), 8)
     return range(max(math.floor(bits) - 1, 2), min(math.ceil(bits) + 1, 8) + 1)
 
 

@@ -107,10 +107,10 @@ def measure(
         wanted, before = [matrix for matrix in block.matrices if matrix.tensor in targets], len(carried)
         steps = [{name: Step(method=kind, settings=method) for name in targets} for kind, method in methods]
         groups = passes(wanted, steps[0], max(STATISTICS_BYTES, block.nbytes)) if wanted else []
-        if not (groups and needs):
+        if not groups:
             block.run()
         for group in groups:
-            statistics = block.observe(group, needs, outputs=block.outputs is None) if needs else None
+            statistics = block.observe(group, needs, outputs=block.outputs is None)  # and who shares an input
             made = [{m: packed for m, packed, _ in solve(block, group, step, statistics)} for step in steps]
             for part in parts(block, group, statistics, per_expert):
                 inside = [matrix for matrix in group if matrix.tensor in part.tensors]
@@ -135,7 +135,7 @@ def measure(
     return table
 
 
-def parts(block: Block, group: Sequence[Matrix], statistics: Statistics | None, per_expert: bool) -> Iterator[Part]:
+def parts(block: Block, group: Sequence[Matrix], statistics: Statistics, per_expert: bool) -> Iterator[Part]:
     """Cuts matrices of a block into parts: linears by the input they share, experts by their layer or one by one.
 
     Matrices of one stored tensor stay together."""
@@ -143,7 +143,7 @@ def parts(block: Block, group: Sequence[Matrix], statistics: Statistics | None, 
     of_tensor: dict[str, object] = {}
     for matrix in group:
         if matrix.role == "linear":
-            key: object = statistics.key(matrix) if statistics is not None else matrix.module
+            key: object = statistics.key(matrix)
         else:
             key = (matrix.module, matrix.expert if per_expert else None)
         key = of_tensor.setdefault(matrix.tensor, key)
@@ -160,8 +160,8 @@ def best_table(options: Sequence[Sequence[Choice]], limit: int) -> Table:
     least = sum(min(choice.nbytes for choice in choices) for choices in options)
     if least > limit:
         raise ValueError(
-            f"the budget leaves {limit:,} bytes for packed weights; the smallest settings take {least:,}:"
-            " raise the budget, or name fewer tensors to keep with --ignore"
+            f"the budget leaves {limit:,} bytes for packed weights; the smallest settings take {least:,} bytes:"
+            " allow so much, or pack more of the model with --targets"
         )
     flat = [choice for choices in options for choice in choices]
     losses = np.array([choice.loss for choice in flat])

@@ -117,6 +117,40 @@ def test_a_missed_bound_is_exit_code_3(capsys, model, text, packed):
     assert "--base" in one_line(capsys, 2, "eval", packed, "--data", text, "--max-kl", "1")
 
 
+def test_a_budget_mixes_bits(capsys, model, text, tmp_path):
+    words = [
+        "quantize",
+        model,
+        tmp_path / "mix",
+        "--method",
+        "rtn",
+        "--data",
+        text,
+        "--nsamples",
+        "4",
+        "--seqlen",
+        "32",
+    ]
+    code, out, _ = call(capsys, *words, "--bits", "3.2", "--json")
+    made = json.loads(out)
+    assert code == 0
+    assert 3.0 < made["packed"]["packed_bits"] <= 3.2
+    assert len(made["recipe"]["steps"]) > 1
+    told = json.loads((tmp_path / "mix" / "budget.json").read_text())
+    assert told["lower_bound"] <= told["expected_loss"] * (1 + 1e-9)
+    assert told["expected_bytes"] == made["packed"]["packed_bytes"]
+    assert call(capsys, "verify", tmp_path / "mix")[0] == 0
+    size = sum(path.stat().st_size for path in model.glob("*.safetensors")) // 2
+    code, out, _ = call(capsys, *words, "--fit", f"{size}B", "--sensitivity", "output", "--overwrite")
+    assert code == 0
+    assert sum(path.stat().st_size for path in (tmp_path / "mix").glob("*.safetensors")) <= size
+    assert "no table of this size has less" in out
+    assert "smallest settings take" in one_line(capsys, 2, *words, "--bits", "2.01", "--overwrite")
+    assert "takes" in one_line(capsys, 2, *words, "--fit", "9K", "--overwrite")
+    assert "6GiB" in one_line(capsys, 2, *words, "--fit", "lots", "--overwrite")
+    assert "kl or output" in one_line(capsys, 2, *words, "--sensitivity", "all")
+
+
 def test_settings_of_the_method_are_options(capsys, model, tmp_path):
     code, out, _ = call(capsys, "quantize", model, tmp_path / "a", "--method", "rtn", "--group-size=8", "--json")
     assert code == 0

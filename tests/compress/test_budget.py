@@ -1,0 +1,170 @@
+"""The budget: losses against whole models, the table against all tables."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from acc.calibrate.stream import Stream
+from acc.compress.apply import apply, assign
+from acc.compress.budget import Choice, Part, best_table, divergence, measure
+from acc.compress.recipe import Recipe
+from acc.compress.rtn import Rtn
+from acc.formats.source import open_source
+from transformers import AutoModelForCausalLM
+
+
+def ids(rows: int = 3, length: int = 24) -> torch.Tensor:
+    return torch.randint(3, 128, (rows, length), generator=torch.Generator().manual_seed(2))
+
+
+def candidates(method: str, *sizes: tuple[int, int]) -> list:
+    steps = [{"method": method, "bits": bits, "group_size": group} for bits, group in sizes]
+    return [(method, Recipe.from_dict({"steps": [step]}).steps[0].settings) for step in steps]
+
+
+def measured(folder, method: str = "rtn", bits: float | None = 3.5, **options):
+    source = open_source(str(folder))
+    recipe = Recipe.from_dict({"steps": [{"method": method}]})
+    targets = set(assign(recipe, Stream(source)))
+    found = candidates(method, (2, 32), (3, 32), (4, 16))
+    return measure(source, targets, found, list(ids().split(1)), bits=bits, **options)
+
+
+def plain_divergence(p_logits: torch.Tensor, q_logits: torch.Tensor) -> float:
+    """Token by token, in fp64."""
+    total = 0.0
+    rows = p_logits.flatten(0, 1).double(), q_logits.flatten(0, 1).double()
+    for p_row, q_row in zip(*rows):
+        p, q = (torch.exp(row - row.max()) for row in (p_row, q_row))
+        p, q = p / p.sum(), q / q.sum()
+        total += sum(float(a) * math.log(float(a) / float(b)) for a, b in zip(p, q))
+    return total / len(rows[0])
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_a_loss_is_what_the_part_alone_does_to_the_whole_model(checkpoint, family):
+    folder = checkpoint(family)
+    source = open_source(str(folder))
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    probe = ids()[:1]
+    table = measured(folder)
+    with torch.no_grad():
+        dense = model(probe).logits
+    for choices in table[:: 2 if family == "llama" else 3]:
+        nearest = min(choices, key=lambda choice: abs(choice.bits - 3.5))
+        step = {"method": "rtn", "bits": nearest.settings.bits, "group_size": nearest.settings.group_size}
+        packed = packed_weights(source, step, nearest.part.tensors)
+        changed = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        put(changed, packed)
+        with torch.no_grad():
+            expected = plain_divergence(dense, changed(probe).logits)
+        assert nearest.loss == pytest.approx(expected, rel=2e-3, abs=1e-9)
+        assert nearest.nbytes == sum(part.stored_bits * math.prod(part.shape) / 8 for part in packed.values())
+
+
+def packed_weights(source, step, names):
+    settings = Rtn(bits=step["bits"], group_size=step["group_size"])
+    return {name: settings.compress(source.tensor(name).float(), None, lambda *a, **k: None) for name in names}
+
+
+def put(model, packed) -> None:
+    """Writes dequantised weights into a model in memory, experts into their stacks."""
+    state = model.state_dict()
+    for name, part in packed.items():
+        weight = part.dequantize()
+        if name in state:
+            state[name].copy_(weight)
+            continue
+        path, _, rest = name.partition(".experts.")  # mixtral on disk: w1 gate, w3 up, w2 down
+        expert, leaf = int(rest.split(".")[0]), rest.split(".")[1]
+        stem = path.replace("block_sparse_moe", "mlp") + ".experts."
+        if leaf == "w2":
+            state[stem + "down_proj"][expert].copy_(weight)
+        else:
+            half = len(weight)
+            state[stem + "gate_up_proj"][expert, half * (leaf == "w3") :][:half].copy_(weight)
+
+
+def test_losses_at_the_outputs_have_the_order_of_their_bits(checkpoint):
+    for choices in measured(checkpoint("llama"), bits=None):
+        losses = [choice.loss for choice in choices]
+        assert losses == sorted(losses, reverse=True)
+        assert losses[-1] > 0
+
+
+def test_parts_are_what_a_runtime_needs_in_one_form(checkpoint):
+    llama = [choices[0].part.tensors for choices in measured(checkpoint("llama"), "rtn", None)]
+    assert len(llama) == 12
+    for names in llama:
+        leaves = {name.split(".")[-2] for name in names}
+        assert leaves in ({"q_proj", "k_proj", "v_proj"}, {"o_proj"}, {"gate_proj", "up_proj"}, {"down_proj"})
+    mixtral = [choices[0].part for choices in measured(checkpoint("mixtral"), "rtn", None)]
+    whole = [part for part in mixtral if "experts" in part.tensors[0]]
+    assert [len(part.tensors) for part in whole] == [12, 12, 12]
+    single = measured(checkpoint("mixtral"), "rtn", None, per_expert=True)
+    assert sum("experts" in choices[0].part.tensors[0] for choices in single) == 12
+    stacked = [choices[0].part for choices in measured(checkpoint("gpt_oss"), "rtn", None, per_expert=True)]
+    assert sum("experts" in part.tensors[0] for part in stacked) == 3  # a stored stack has one scheme
+    names = [name for part in mixtral for name in part.tensors]
+    assert len(names) == len(set(names))
+
+
+def options(seed: int, parts: int = 6, choices: int = 3) -> list[list[Choice]]:
+    rng = random.Random(seed)
+    found = []
+    for number in range(parts):
+        part = Part(0, (f"tensor {number}",), 1000)
+        sizes = sorted(rng.randint(100, 900) for _ in range(choices))
+        losses = sorted((rng.random() for _ in range(choices)), reverse=True)
+        found.append([Choice(part, "rtn", Rtn(), n, True, loss) for n, loss in zip(sizes, losses)])
+    return found
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_no_other_table_of_that_size_loses_less(seed):
+    given = options(seed)
+    least = sum(min(c.nbytes for c in choices) for choices in given)
+    most = sum(max(c.nbytes for c in choices) for choices in given)
+    limit = least + (most - least) * (seed + 1) // 10
+    table = best_table(given, limit)
+    every = [pick for pick in itertools.product(*given) if sum(c.nbytes for c in pick) <= limit]
+    best = min(sum(c.loss for c in pick) for pick in every)
+    assert table.nbytes <= limit
+    assert [c.part for c in table.choices] == [choices[0].part for choices in given]
+    assert table.loss == pytest.approx(best, rel=1e-3)
+    assert table.bound <= best * (1 + 1e-9)
+
+
+def test_a_budget_that_cannot_be_met_names_the_least(checkpoint):
+    given = options(0)
+    least = sum(min(c.nbytes for c in choices) for choices in given)
+    assert best_table(given, least).nbytes == least
+    with pytest.raises(ValueError, match=f"{least:,} bytes"):
+        best_table(given, least - 1)
+
+
+def test_its_steps_make_just_these_bytes(checkpoint, tmp_path):
+    table = best_table(given := measured(checkpoint("mixtral")), sum(c[1].nbytes for c in given))
+    recipe = Recipe.from_dict({"steps": [{"method": "rtn"}]}).model_copy(update={"steps": tuple(table.steps())})
+    assert Recipe.from_dict(recipe.to_dict()) == recipe
+    outcome = apply(recipe, open_source(str(checkpoint("mixtral"))), tmp_path / "out", [])
+    made = open_source(str(outcome.folder))
+    assert sum(made.info(name).nbytes for name in made.entries) == table.nbytes
+    for choice in table.choices:
+        for name in choice.part.tensors:
+            assert made.entries[name].scheme["bits"] == choice.settings.bits
+
+
+def test_divergence_is_that_of_the_definition():
+    p, q = torch.randn(2, 5, 40), torch.randn(2, 5, 40)
+    assert divergence(p, q) == pytest.approx(plain_divergence(p, q), rel=1e-9)
+    assert divergence(p, p) == 0
+
+
+def test_measuring_leaves_the_model_as_it_was(checkpoint):
+    assert measured(Path(checkpoint("llama"))) == measured(checkpoint("llama"))
