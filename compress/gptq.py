@@ -207,9 +207,9 @@ def grid_of(low: Tensor, high: Tensor, kind: str, top: int, dtype: torch.dtype) 
 
 
 def stored(scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """fp32 with the value that is left of a scale in `dtype`."""
+    """The values that are left of scales in `dtype`."""
     largest = torch.finfo(dtype).max
-    return scale.clamp(-largest, largest).to(dtype).float()
+    return scale.clamp(-largest, largest).to(dtype).to(scale.dtype)
 
 
 def divisor(scale: Tensor) -> Tensor:
@@ -228,16 +228,18 @@ def grid_error(
 
 def rescale(columns: Tensor, exact: Tensor, grids: Grids, matrices: Matrices, kind: str) -> None:
     """Sets each group's scale to the best value while all codes and other scales stand: coordinate descent on
-    `tr(Δ H Δᵀ)`, a step of least squares per group and row, taken only where the stored scale does lower it."""
+    `tr(Δ H Δᵀ)`, a step of least squares per group and row, taken only where the stored scale does lower it. Dead inputs have no
+    say."""
     error = columns - exact
     for g, first in enumerate(range(0, len(columns), grids.group_size)):
         group = slice(first, min(first + grids.group_size, len(columns)))
         units = grids.codes[group] - grids.zero[g]  # [g, O]
         slope, curve = torch.empty_like(units), torch.empty_like(units)
         for of, span in zip(matrices.inputs, matrices.spans):
-            torch.mm(of.hessian[group], error[:, span], out=slope[:, span])
-            torch.mm(of.hessian[group, group], units[:, span], out=curve[:, span])
-        slope, curve = (units * slope).sum(0), (units * curve).sum(0)
+            living = units[:, span] * ~of.dead[group, None]
+            slope[:, span] = (of.hessian[group] @ error[:, span]).mul_(living)
+            curve[:, span] = (of.hessian[group, group] @ living).mul_(living)
+        slope, curve = slope.sum(0), curve.sum(0)
         scale = stored(grids.scale[g] - slope / curve.clamp(min=TINY), grids.dtype)
         step = scale - grids.scale[g]
         lower = 2 * step * slope + step.square() * curve < 0
