@@ -228,8 +228,8 @@ def grid_error(
 
 def rescale(columns: Tensor, exact: Tensor, grids: Grids, matrices: Matrices, kind: str) -> None:
     """Sets each group's scale to the best value while all codes and other scales stand: coordinate descent on
-    `tr(Δ H Δᵀ)`, a step of least squares per group and row, taken only where the stored scale does lower it. Dead inputs have no
-    say."""
+    `tr(Δ H Δᵀ)`, a step of least squares per group and row, taken only where the stored scale does lower it. Dead
+    inputs have no say."""
     error = columns - exact
     for g, first in enumerate(range(0, len(columns), grids.group_size)):
         group = slice(first, min(first + grids.group_size, len(columns)))
