@@ -32,6 +32,9 @@ class GPTQ(Method):
     and its scale has its stored precision before any code is chosen. Passes of coordinate descent follow, over codes
     (QuantEase, arXiv 2309.01885) and over scales.
 
+    The defaults erred least on held-out text at 2, 3 and 4 bits (SmolLM2-135M); learned rounding after it halves what
+    is lost at 3 bits. At 2 bits `full_range` errs no more than `asymmetric`, without zero points to store.
+
     Limits: grids are what other engines read, a 16-bit scale for each group, which is costly in small groups; `spqr`
     errs less at the same size.
     """
