@@ -27,7 +27,7 @@ def quantize(
     seqlen: Annotated[int | None, typer.Option(min=2, help="tokens per sequence; default 2048, of self 512")] = None,
     targets: Annotated[list[str], typer.Option(help="what to compress: a glob, or re:REGEX; may be repeated")] = ["*"],  # noqa: B006
     ignore: Annotated[list[str], typer.Option(help="what to leave as it is: a glob, or re:REGEX")] = [],  # noqa: B006
-    refine: Annotated[int | None, typer.Option(min=0, help="steps of learned rounding; spqr: 16, others: 0")] = None,
+    refine: Annotated[int | None, typer.Option(min=0, help="learned rounding: steps; spqr, gptq: 16, rtn: 0")] = None,
     rotate: Annotated[str | None, typer.Option(help="rotate the weights first: heads, residual or all")] = None,
     seed: Seed = 0,
     dtype: Dtype = "auto",

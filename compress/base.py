@@ -55,6 +55,14 @@ def around(bits: float) -> range:
     return range(max(math.floor(bits) - 1, 2), min(math.ceil(bits) + 1, 8) + 1)
 
 
+def scale_dtype(largest: float, event: Event) -> torch.dtype:
+    """float16 for scales, unless even the largest would overflow it or lose digits to underflow."""
+    if largest == 0 or 2**-18 <= largest <= torch.finfo(torch.float16).max:
+        return torch.float16
+    event("scale_dtype", dtype="bfloat16", largest_scale=largest)
+    return torch.bfloat16
+
+
 TOLERANCE = (
     1e-3  # of `Rewrite.prove`; what is left in fp32 is 1e-6 to 1e-5 of the logits, a wrong rewrite leaves about 1
 )

@@ -30,7 +30,7 @@ class Rounding:
         aim = aim if grid.perm is None else aim[:, grid.perm]
         aim = aim if grid.extra is None else aim - grid.extra
         scale = wide(grid.scale, grid)
-        exact = torch.where(scale > 0, aim / scale + wide(grid.zero, grid), grid.codes)
+        exact = torch.where(scale != 0, aim / scale + wide(grid.zero, grid), grid.codes)
         edge = 0.5 - 2**-11
         self.value = (exact - grid.codes).clamp_(-edge, edge).add_(grid.codes)
 

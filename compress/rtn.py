@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor
 
 from ..formats.grouped import GroupedWeight
-from .base import Event, Method, around
+from .base import Event, Method, around, scale_dtype
 
 
 class Rtn(Method):
@@ -39,7 +39,7 @@ class Rtn(Method):
         groups = group(weight.float(), columns if self.group_size == -1 else self.group_size)
         low, high = grid_range(groups, self.symmetric)
         scale = (high - low) / top
-        stored = scale_dtype(scale, event)
+        stored = scale_dtype(float(scale.max()), event)
         scale = scale.to(stored)
         step = torch.where(scale > 0, scale.float(), torch.inf)  # a group of zeros
         zero = torch.full_like(low, 1 << self.bits - 1) if self.symmetric else (-low / step).round().clamp(0, top)
@@ -67,12 +67,3 @@ def grid_range(groups: Tensor, symmetric: bool) -> tuple[Tensor, Tensor]:
         high = torch.maximum(-low, high)
         low = -high
     return low, high
-
-
-def scale_dtype(scale: Tensor, event: Event) -> torch.dtype:
-    """float16, unless even the largest scale would overflow it or lose digits to underflow."""
-    largest = float(scale.max())
-    if largest == 0 or 2**-18 <= largest <= torch.finfo(torch.float16).max:
-        return torch.float16
-    event("scale_dtype", dtype="bfloat16", largest_scale=largest)
-    return torch.bfloat16

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -11,12 +10,11 @@ from pydantic import Field
 from torch import Tensor
 
 from ..calibrate.base import Statistic
-from ..calibrate.hessian import inverse_factor, normalised
+from ..calibrate.hessian import normalised
 from ..formats.spqr import SpQRWeight
+from . import descent
 from .base import Event, Method, around
-
-BLOCK = 128  # columns whose errors reach the columns after them in one matrix product
-TINY = 1e-30  # a group of zeros has scale 0; this is what its weights are divided by
+from .descent import TINY, Matrices, Prepared, feed_forward
 
 
 class SpQR(Method):
@@ -60,10 +58,7 @@ class SpQR(Method):
         perm = torch.arange(len(diagonal), device=diagonal.device)
         if self.order == "act_order":
             perm = diagonal.argsort(descending=True, stable=True)
-        hessian, dead = hessian[perm][:, perm], diagonal[perm] == 0
-        factor = inverse_factor(hessian, self.damp_percent, event)
-        hessian.diagonal().add_(self.damp_percent * hessian.diagonal()[~dead].mean())
-        return Prepared(perm, factor, dead, hessian)
+        return Prepared.of(hessian, perm, self.damp_percent, event)
 
     def alternatives(self, bits: float) -> list[SpQR]:
         """With larger groups fewer weights are kept apart: both save bits where they are worth least."""
@@ -105,16 +100,6 @@ class SpQR(Method):
         )
 
 
-@dataclass(frozen=True)
-class Prepared:
-    """What matrices with the same input share, columns in packed order."""
-
-    perm: Tensor  # packed column -> input, int64 [I]
-    factor: Tensor  # U [I, I], upper triangular, Uᵀ U = inverse of the damped Hessian
-    dead: Tensor  # bool [I]: inputs that were always zero
-    hessian: Tensor  # [I, I], damped
-
-
 def side_by_side(weights: list[Tensor], dtypes: list[torch.dtype], share: int) -> list[list[int]]:
     """Which consecutive matrices are solved as one: equal types, and no second-level group across their border."""
     batches: list[list[int]] = []
@@ -139,58 +124,30 @@ def stat_dtype(weight: Tensor, event: Event) -> torch.dtype:
     return torch.bfloat16
 
 
-class Matrices:
-    """Matrices `Wᵀ [I, O]` that lie side by side, columns in packed order: what input each has, and which rows."""
-
-    def __init__(self, inputs: list[Prepared], rows: list[int]):
-        self.inputs = inputs
-        self.spans = [slice(last - n, last) for n, last in zip(rows, itertools.accumulate(rows))]
-        counts = torch.tensor(rows, device=inputs[0].perm.device)
-        self._of_row = torch.arange(len(rows), device=counts.device).repeat_interleave(counts)
-
-    def spread(self, values: Tensor) -> Tensor:
-        """`[..., M]` of the matrices -> `[..., O]` of their rows, or `[..., 1]` where there is but one."""
-        return values if len(self.spans) == 1 else values.index_select(-1, self._of_row)
-
-
 def solve(columns: Tensor, matrices: Matrices, settings: SpQR, dtype: torch.dtype) -> tuple[Tensor, list[Grid], Tensor]:
     """The column loop over `columns [I, O]`, which is overwritten with what `dequantize` will return.
 
     Returns codes uint8 `[I, O]`, a grid per group, and corrections `[I, O]` in `dtype`, zero for all but outliers.
     """
-    inputs, spans, spread = matrices.inputs, matrices.spans, matrices.spread
-
-    def pass_on(errors: Tensor, made: slice, to: slice) -> None:
-        """Spreads the errors of columns `made` over the columns `to`."""
-        for of, span in zip(inputs, spans):
-            columns[to, span].addmm_(of.factor[made, to].T, errors[:, span], alpha=-1)
-
-    importance = 1 / torch.stack([of.factor.diagonal() for of in inputs], 1)  # [I, M]: an error's weight at the output
+    threshold, size, importance = settings.outlier_threshold, settings.group_size, matrices.importance()
     prices = [
-        kept_from(columns[:, span], importance[:, m : m + 1], of.dead[:, None], settings.outlier_threshold)
-        for m, (of, span) in enumerate(zip(inputs, spans))
+        kept_from(columns[:, span], importance[:, m : m + 1], of.dead[:, None], threshold)
+        for m, (of, span) in enumerate(zip(matrices.inputs, matrices.spans))
     ]
     price = torch.cat(prices, 1)  # [I, M]
     codes, deltas = torch.empty_like(columns, dtype=torch.uint8), torch.zeros_like(columns, dtype=dtype)
-    grids = []
-    for start in range(0, len(columns), BLOCK):
-        stop = min(start + BLOCK, len(columns))
-        errors = torch.empty_like(columns[start:stop])
-        for first in range(start, stop, settings.group_size):
-            last = min(first + settings.group_size, stop)
-            weigh, limit = spread(importance[first:last]), spread(price[first:last])
-            grid = fit(columns[first:last], weigh, limit, settings, dtype)
-            tolerance = limit / weigh.square() if settings.outlier_threshold is not None else [None] * (last - first)
-            within = torch.stack([of.factor[first:last, first:last] for of in inputs], 2)  # [g, g, M]
-            lost = errors[first - start : last - start].unbind()
-            parts = (columns[first:last], codes[first:last], deltas[first:last], weigh)
-            for i, (column, code, delta, weight) in enumerate(zip(*(part.unbind() for part in parts))):
-                error = round_column(column, code, delta, grid, tolerance[i])
-                torch.mul(error, weight, out=lost[i])
-                columns[first + i + 1 : last].addcmul_(spread(within[i, i + 1 :]), lost[i], value=-1)
-            pass_on(errors[first - start : last - start], slice(first, last), slice(last, stop))
-            grids.append(grid)
-        pass_on(errors, slice(start, stop), slice(stop, None))
+    grids: list[Grid] = []
+    tolerance: list[Tensor | None] = []
+
+    def fit_group(group: slice, weigh: Tensor) -> None:
+        limit = matrices.spread(price[group])
+        grids.append(fit(columns[group], weigh, limit, settings, dtype))
+        tolerance.extend(limit / weigh.square() if threshold is not None else [None] * len(limit))
+
+    def round_(j: int, column: Tensor) -> Tensor:
+        return round_column(column, codes[j], deltas[j], grids[j // size], tolerance[j])
+
+    feed_forward(columns, matrices, size, fit_group, round_)
     return codes, grids, deltas
 
 
@@ -228,32 +185,16 @@ def sweep(
     matrices: Matrices,
     group_size: int,
 ) -> None:
-    """Sets every weight to the best value it may take while all others stand: one pass of coordinate descent on
-    `tr(Δ H Δᵀ)` (QuantEase, arXiv 2309.01885), which never raises it. Grids, and which weights are kept apart, stay.
+    """One pass of coordinate descent. Grids, and which weights are kept apart, stay.
 
     `exact` are the weights to come close to; `columns`, codes and corrections `[I, O]` are changed in place.
     """
-    error = columns - exact
-    for start in range(0, len(columns), BLOCK):
-        stop = min(start + BLOCK, len(columns))
-        slope = torch.empty_like(columns[start:stop])  # half the gradient
-        for of, span in zip(matrices.inputs, matrices.spans):
-            torch.mm(of.hessian[start:stop], error[:, span], out=slope[:, span])
-        for first in range(start, stop, group_size):
-            last = min(first + group_size, stop)
-            among = matrices.spread(torch.stack([of.hessian[first:last, first:last] for of in matrices.inputs], 2))
-            before = columns[first:last].clone()
-            for i, j in enumerate(range(first, last)):
-                best = columns[j] - slope[j - start] / among[i, i].clamp(min=TINY)
-                apart = torch.where(deltas[j] != 0, -1.0, torch.inf)
-                round_column(best, codes[j], deltas[j], grids[first // group_size], apart)
-                step = best - columns[j]
-                columns[j] = best
-                slope[j + 1 - start : last - start].addcmul_(among[i, i + 1 :], step)
-            moved = columns[first:last] - before
-            error[first:last] += moved
-            for of, span in zip(matrices.inputs, matrices.spans):
-                slope[last - start :, span].addmm_(of.hessian[last:stop, first:last], moved[:, span])
+
+    def round_(j: int, column: Tensor) -> Tensor:
+        apart = torch.where(deltas[j] != 0, -1.0, torch.inf)
+        return round_column(column, codes[j], deltas[j], grids[j // group_size], apart)
+
+    descent.sweep(columns, exact, matrices, group_size, round_)
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,8 @@ class GroupedWeight(PackedWeight):
     """`W = scale · (code - zero)`. Scheme: `bits` 2-8, `group_size` (-1: a whole row), `symmetric`, `scale_dtype`.
 
     The zero point is an integer in [0, 2^bits - 1], as GPTQ's; a symmetric grid has the zero point 2^(bits - 1) and
-    stores none.
+    stores none. Such a grid reaches one step further below zero than above it, so that a negative scale turns its long
+    side up: legal there, refused with a zero point, which does that already. A scale of 0 makes a group of zeros.
     """
 
     codes: Tensor  # int32 [ceil(I / 32), bits, O], as kernels/packing.py packs
@@ -85,8 +86,10 @@ class GroupedWeight(PackedWeight):
         return replace(self, codes=pack(codes, self.scheme["bits"]))
 
     def check(self) -> None:
-        if not torch.isfinite(self.scale).all() or (self.scale < 0).any():
-            raise ValueError("grouped: a scale is negative or not finite")
+        if not torch.isfinite(self.scale).all():
+            raise ValueError("grouped: a scale is not finite")
+        if self.zero is not None and (self.scale < 0).any():
+            raise ValueError("grouped: a scale is negative, which only a symmetric grid may have")
 
     @classmethod
     def nominal_bits(cls, shape: tuple[int, int], scheme: Scheme, **counts: int) -> float:

@@ -19,6 +19,8 @@ from transformers import AutoModelForCausalLM
 METHODS = {
     "rtn": {"bits": 2, "group_size": 32},
     "rtn symmetric": {"bits": 3, "group_size": 16, "symmetric": True},
+    "gptq": {"bits": 2, "group_size": 32},
+    "gptq full_range": {"bits": 3, "group_size": 16, "grid": "full_range"},
     "spqr": {"bits": 2, "group_size": 16, "outlier_threshold": 0.5},
     "spqr identity": {"bits": 3, "group_size": 16, "order": "identity"},
 }

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from acc.calibrate.hessian import Hessian
+from acc.compress import descent
 from acc.compress.spqr import Matrices, Prepared, SpQR, leave_one_out, solve, sweep
 
 
@@ -343,7 +344,7 @@ def test_knowing_more_errs_less():
 def test_the_size_of_blocks_does_not_matter(monkeypatch, block):
     weight, x = weight_of(24, 96), correlated(300, 96)
     whole = run(weight, x).dequantize()
-    monkeypatch.setattr(module, "BLOCK", block)
+    monkeypatch.setattr(descent, "BLOCK", block)
     assert ((run(weight, x).dequantize() - whole).abs() < 1e-6).float().mean() > 0.95
 
 

@@ -39,8 +39,15 @@ def test_nominal_bits_of_the_usual_setting():
     assert stored == 4 + (16 + 4) / 128
 
 
-def test_a_negative_scale_is_found():
-    scheme = {"bits": 4, "group_size": 8, "symmetric": True, "scale_dtype": "float16"}
-    packed = GroupedWeight.encode(torch.zeros(2, 8, dtype=torch.uint8), torch.full((1, 2), -1.0).half(), None, scheme)
-    with pytest.raises(ValueError, match="negative"):
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_a_negative_scale_is_for_symmetric_grids(symmetric):
+    scheme = {"bits": 3, "group_size": 8, "symmetric": symmetric, "scale_dtype": "float16"}
+    scale, zero = torch.full((1, 2), -0.5).half(), None if symmetric else torch.full((1, 2), 4)
+    packed = GroupedWeight.encode(torch.arange(16).view(2, 8) % 8, scale, zero, scheme)
+    if symmetric:
         packed.check()
+        assert packed.dequantize()[0].tolist() == [2.0, 1.5, 1.0, 0.5, 0.0, -0.5, -1.0, -1.5]
+        assert torch.equal(packed.matmul(torch.eye(8)).T, packed.dequantize())
+    else:
+        with pytest.raises(ValueError, match="negative"):
+            packed.check()

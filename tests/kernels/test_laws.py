@@ -59,6 +59,17 @@ def test_product_equals_dense_product(poison, monkeypatch, way, method, shape, d
         torch.testing.assert_close(y, expected, rtol=tolerance, atol=tolerance * shape[1] ** 0.5 * 0.1)
 
 
+@pytest.mark.parametrize("way", ON_CPU)
+@pytest.mark.parametrize("bits", [2, 3, 8])
+def test_a_negative_scale_is_multiplied_with(monkeypatch, way, bits):
+    monkeypatch.setenv("ACC_KERNELS", way)
+    weight = packed("gptq", 45, 100, bits=bits, group_size=32, grid="full_range")
+    assert (weight.scale < 0).any()
+    assert (weight.scale > 0).any()
+    x = torch.randn(3, 100, generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(weight.matmul(x), F.linear(x, weight.dequantize()), rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("method", listing("compress", "Method"))
 def test_a_way_that_does_not_exist_is_an_error(monkeypatch, method):
     monkeypatch.setenv("ACC_KERNELS", "fastest")

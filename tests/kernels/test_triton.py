@@ -1,5 +1,7 @@
 """The Triton kernels equal their torch definitions: on a GPU where there is one, else in Triton's interpreter."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from acc.formats.base import stack
@@ -148,7 +150,10 @@ def test_many_rows(monkeypatch):
 
 @pytest.mark.parametrize("rows", [1, 3])
 def test_symmetric_grid(monkeypatch, rows):
-    check("grouped", monkeypatch, grouped_weight((20, 90), bits=4, symmetric=True), rows)
+    weight = grouped_weight((20, 90), bits=4, symmetric=True)
+    check("grouped", monkeypatch, weight, rows)
+    turned = weight.scale * (1 - 2 * random(*weight.scale.shape, below=2)).half()  # scales of both signs
+    check("grouped", monkeypatch, replace(weight, scale=turned), rows)
 
 
 @pytest.mark.parametrize(("bits", "stat_group_size"), [(1, 2), (2, 3), (3, 8), (5, 100), (6, 16), (8, 7)])
