@@ -19,7 +19,7 @@ def export(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace the output folder")] = False,
     as_json: Json = False,
 ) -> None:
-    """Write a packed model as a checkpoint that needs no acc: dense, or packed as another engine does it.
+    """Write a packed model for other engines, or as a dense one.
 
     Numbers are repacked, never quantised anew; a weight that the format cannot hold is an error.
     """

@@ -70,14 +70,14 @@ class Engine(ABC):
 
 @dataclass(frozen=True)
 class Stored:
-    """A packed weight in another engine's checkpoint. `index` says that inputs lie in groups in an order of their own;
-    then there is no packed form of it here."""
+    """A packed weight in another engine's checkpoint, and whether acc's grouped format can hold it: not where inputs
+    lie in groups in an order of their own, or scales have too many digits."""
 
     shape: tuple[int, int]
     scheme: dict[str, Any]
     names: tuple[str, ...]  # on disk
     numbers: Callable[[], Numbers]
-    index: bool = False
+    packable: bool = True
 
     @property
     def entry(self) -> Entry:
@@ -101,7 +101,7 @@ class Imported(Rewritten):
         super().__init__(source)
         self.stored = stored
         self.config = {k: v for k, v in source.config.items() if k not in ("quantization_config", "compression_config")}
-        self.entries = {name: weight.entry for name, weight in stored.items() if not weight.index}
+        self.entries = {name: weight.entry for name, weight in stored.items() if weight.packable}
         self.quantized = True
         self._inside = {disk for weight in stored.values() for disk in weight.names}
         if clash := sorted(stored.keys() & set(source.names())):
@@ -124,18 +124,20 @@ class Imported(Rewritten):
             return self.before.tensor(name)
         weight = self.stored[name]
         numbers = self._numbers(name)
-        if numbers.index is None:
-            return self._packed(name, weight, numbers).dequantize(self.dtype)
-        scale, middle = numbers.scale.float().T, 1 << weight.scheme["bits"] - 1
-        zero = torch.full_like(scale, middle) if numbers.zero is None else numbers.zero.float().T
-        dense = scale[:, numbers.index] * (numbers.codes.float() - zero[:, numbers.index])
-        return dense.to(self.dtype)
+        if weight.packable:
+            return self._packed(weight, numbers).dequantize(self.dtype)
+        scale, bits, group = numbers.scale.float().T, weight.scheme["bits"], weight.scheme["group_size"]
+        index = numbers.index
+        if index is None:
+            index = torch.arange(weight.shape[1]) // (weight.shape[1] if group == -1 else group)
+        zero = torch.full_like(scale, 1 << bits - 1) if numbers.zero is None else numbers.zero.float().T
+        return (scale[:, index] * (numbers.codes.float() - zero[:, index])).to(self.dtype)
 
     def packed(self, name: str) -> PackedWeight | None:
-        """The grouped weight of a tensor; None where it is dense, or has groups in an order of their own."""
+        """The grouped weight of a tensor; None where it is dense, or grouped integers cannot hold it."""
         self.info(name)
         weight = self.stored.get(name)
-        return None if weight is None or weight.index else self._packed(name, weight, self._numbers(name))
+        return None if weight is None or not weight.packable else self._packed(weight, self._numbers(name))
 
     def _numbers(self, name: str) -> Numbers:
         try:
@@ -143,8 +145,9 @@ class Imported(Rewritten):
         except ValueError as error:
             raise ValueError(f"{self.spec}: {name}: {error}") from None
 
-    def _packed(self, name: str, weight: Stored, numbers: Numbers) -> GroupedWeight:
-        return GroupedWeight.encode(numbers.codes, numbers.scale, numbers.zero, weight.scheme)
+    def _packed(self, weight: Stored, numbers: Numbers) -> GroupedWeight:
+        scale = exactly(numbers.scale, SCALE_DTYPES[weight.scheme["scale_dtype"]])
+        return GroupedWeight.encode(numbers.codes, scale, numbers.zero, weight.scheme)
 
 
 def imported(source: Source) -> Source:
@@ -188,8 +191,8 @@ class Exported:
 def export(source: Source, folder: Path, to: str, *, dense_rest: bool = False) -> Exported:
     """Writes a packed model into the empty `folder`, for another engine (or `dense`), one weight in memory at a time.
 
-    Raises ValueError, naming the tensor and the reason, for the first weight that the engine cannot hold exactly, unless
-    `dense_rest` has such weights written unpacked.
+    Raises ValueError, naming the tensor and the reason, for the first weight that the engine cannot hold exactly,
+    unless `dense_rest` has such weights written unpacked.
     """
     chosen = None if to == "dense" else engine(to)(source)
     refused: dict[str, str] = {}
@@ -266,6 +269,11 @@ def refuses_grouped(name: str, entry: Entry, bits: Iterable[int]) -> str | None:
     return None
 
 
+def is_matrix(name: str, shape: tuple[int, ...]) -> bool:
+    """Whether a dense tensor may be a linear layer's weight, which an engine has to be told to leave alone."""
+    return len(shape) == 2 and name.endswith(".weight")
+
+
 def exactly(scale: Tensor, dtype: torch.dtype) -> Tensor:
     """The scales in another type. Raises ValueError when one of them would be rounded."""
     other = scale.to(dtype)
@@ -273,6 +281,14 @@ def exactly(scale: Tensor, dtype: torch.dtype) -> Tensor:
         names = (str(d).removeprefix("torch.") for d in (scale.dtype, dtype))
         raise ValueError("its scales are {}, and {} does not hold all of them".format(*names))
     return other
+
+
+def narrowest(scale: Tensor) -> torch.dtype:
+    """The type, of those that acc stores scales in, that holds all of these; float32 when there is none."""
+    for dtype in (scale.dtype, *SCALE_DTYPES.values()):
+        if dtype in SCALE_DTYPES.values() and torch.equal(scale.to(dtype).double(), scale.double()):
+            return dtype
+    return torch.float32
 
 
 def words(codes: Tensor, bits: int) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .. import __version__
 from .base import Entry, PackedWeight
-from .engine import Engine, Numbers, Stored, codes_of, exactly, patterns, refuses_grouped, words
+from .engine import Engine, Numbers, Stored, codes_of, exactly, is_matrix, patterns, refuses_grouped, words
 from .safefile import Layout
 from .source import Source
 
@@ -52,7 +52,7 @@ class Gptq(Engine):
                 others = [module for module, its in modules.items() if its != kind]
                 for pattern in patterns(inside, others):
                     dynamic[f"+:^{pattern}"] = {"bits": kind[0], "group_size": kind[1], "sym": kind[2]}
-        dense = [n.removesuffix(".weight") for n in kept if _is_matrix(n, self.source.info(n).shape)]
+        dense = [n.removesuffix(".weight") for n in kept if is_matrix(n, self.source.info(n).shape)]
         dynamic |= {f"-:^{pattern}": {} for pattern in patterns(dense, modules)}
         self.version = 1 if all(sym for _, _, sym in kinds.values()) else 2
         table = {
@@ -113,10 +113,6 @@ def _common(scheme: Mapping[str, Any]) -> Common:
     return scheme["bits"], scheme["group_size"], scheme["symmetric"]
 
 
-def _is_matrix(name: str, shape: tuple[int, ...]) -> bool:
-    return len(shape) == 2 and name.endswith(".weight")
-
-
 def _settings(table: Mapping[str, Any], module: str) -> Common:
     """What the table says of one module: its own override, else what all have."""
     found = dict(table)
@@ -149,8 +145,9 @@ def _stored(source: Source, stem: str, table: Mapping[str, Any], version: int) -
         names[2]: ((-(-columns // group), rows), scales.dtype),
     }
     for name, (shape, dtype) in expected.items():
-        if (extents[name].shape, extents[name].dtype) != (shape, dtype):
-            raise ValueError(f"{where}: {name} is {extents[name].shape} {extents[name].dtype}, expected {shape} {dtype}")
+        found = extents[name]
+        if (found.shape, found.dtype) != (shape, dtype):
+            raise ValueError(f"{where}: {name} is {found.shape} {found.dtype}, expected {shape} {dtype}")
     if scales.dtype not in (torch.float16, torch.bfloat16):
         raise ValueError(f"{where}: its scales are {scales.dtype}, expected float16 or bfloat16")
     index = None
@@ -168,7 +165,7 @@ def _stored(source: Source, stem: str, table: Mapping[str, Any], version: int) -
         "scale_dtype": str(scales.dtype).removeprefix("torch."),
     }
     read = partial(_numbers, source, stem, (rows, columns), bits, symmetric, version, index)
-    return Stored((rows, columns), scheme, tuple(names), read, index is not None)
+    return Stored((rows, columns), scheme, tuple(names), read, index is None)
 
 
 def _numbers(

@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -132,16 +132,21 @@ def _write_shard(path: Path, pieces: Sequence[Piece]) -> None:
     with path.open("wb") as file:
         file.write(len(raw).to_bytes(8, "little") + raw)
         for piece in pieces:
-            made = piece.make()
-            assert made.keys() == piece.layout.keys(), f"{made.keys()} is not what was declared"
-            for name, tensor in made.items():
-                declared = piece.layout[name]
-                assert (tuple(tensor.shape), tensor.dtype) == declared, f"{name}: {tensor.shape} is not {declared}"
-                file.seek(8 + len(raw) + header[name]["data_offsets"][0])
-                file.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+            _fill(file, 8 + len(raw), header, piece)
         file.truncate(8 + len(raw) + end)
         file.flush()
         os.fsync(file.fileno())
+
+
+def _fill(file: BinaryIO, start: int, header: dict[str, Any], piece: Piece) -> None:
+    """Writes a piece at its place; what was made is gone on return, before the next is made."""
+    made = piece.make()
+    assert made.keys() == piece.layout.keys(), f"{made.keys()} is not what was declared"
+    for name, tensor in made.items():
+        declared = piece.layout[name]
+        assert (tuple(tensor.shape), tensor.dtype) == declared, f"{name}: {tensor.shape} is not {declared}"
+        file.seek(start + header[name]["data_offsets"][0])
+        file.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
 
 
 def open_shards(folder: Path) -> Shards:
