@@ -19,7 +19,7 @@ def quantize(
     context: typer.Context,
     model: Model,
     out: Annotated[Path | None, typer.Argument(help="folder to write; default: MODEL-acc-METHOD-IntBITS")] = None,
-    bits: Annotated[int, typer.Option(help="bits per code, 2 to 8")] = 3,
+    bits: Annotated[int | None, typer.Option(help="bits per code; 3 where the method has a choice")] = None,
     method: Annotated[str, typer.Option(help="see acc show")] = "spqr",
     data: Annotated[str | None, typer.Option(help="calibration text: file, folder, .jsonl, hf:NAME, or self")] = None,
     nsamples: Annotated[int | None, typer.Option(min=1, help="sequences of text; default 128, of self 64")] = None,
@@ -53,6 +53,7 @@ def quantize(
     screen = Screen(as_json)
     if method in listing("compress", "Rewrite"):
         raise ValueError(f"--method {method}: it packs nothing, but can go before a method: --{method}")
+    bits = _bits(method) if bits is None else bits
     settings = context.obj | {"bits": bits}
     chosen = configure(method, settings)
     refine = chosen.refine if refine is None else refine
@@ -122,6 +123,13 @@ def quantize(
             "phases": {phase: round(seconds, 2) for phase, seconds in outcome.phases.items()},
         }
     )
+
+
+def _bits(method: str) -> int:
+    """3, unless the method knows one width only."""
+    from ..registry import lookup
+
+    return lookup("compress", method).model_json_schema()["properties"]["bits"].get("const", 3)
 
 
 def _rotation(which: str | None, seed: int) -> list[dict[str, Any]]:

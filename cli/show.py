@@ -77,6 +77,8 @@ def _bounds(schema: dict[str, Any]) -> str:
     """What a JSON schema allows, in a few words."""
     if "anyOf" in schema:
         return " or ".join(_bounds(option) for option in schema["anyOf"])
+    if "const" in schema:
+        return str(schema["const"])
     if "enum" in schema:
         return ", ".join(str(value) for value in schema["enum"])
     low, high = schema.get("minimum"), schema.get("maximum")

@@ -29,6 +29,7 @@ from .source import FLOATS, Source
 
 BITS = tuple(range(2, 9))
 _EXPERT = re.compile(r"\.experts\.\d+\.")
+Common = tuple[int, int, bool]  # bits, group size, symmetric
 VERSION = "0.20.0"  # of compressed-tensors: the first that packs 3, 5, 6 and 7 bits without gaps
 
 
@@ -55,7 +56,7 @@ class CompressedTensors(Engine):
         return reason
 
     def plan(self, packed: Mapping[str, Entry], kept: list[str]) -> dict[str, Any]:
-        kinds: dict[tuple, list[str]] = {}
+        kinds: dict[Common, list[str]] = {}
         for name, entry in packed.items():
             scheme = entry.scheme
             key = scheme["bits"], scheme["group_size"], scheme["symmetric"]
@@ -89,7 +90,7 @@ class CompressedTensors(Engine):
             table["dequantize"] = True
         return {"quantization_config": table, "dtype": str(dtype).removeprefix("torch.")}
 
-    def _check(self, kinds: Mapping[tuple, list[str]]) -> None:
+    def _check(self, kinds: Mapping[Common, list[str]]) -> None:
         """Raises ValueError for mixed settings where readers know of one only."""
         plain = [(key, m) for key, members in kinds.items() for m in members if not _EXPERT.search(m)]
         experts = [(key, m) for key, members in kinds.items() for m in members if _EXPERT.search(m)]

@@ -8,8 +8,9 @@ import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from io import BufferedWriter
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import torch
@@ -138,7 +139,7 @@ def _write_shard(path: Path, pieces: Sequence[Piece]) -> None:
         os.fsync(file.fileno())
 
 
-def _fill(file: BinaryIO, start: int, header: dict[str, Any], piece: Piece) -> None:
+def _fill(file: BufferedWriter, start: int, header: dict[str, Any], piece: Piece) -> None:
     """Writes a piece at its place; what was made is gone on return, before the next is made."""
     made = piece.make()
     assert made.keys() == piece.layout.keys(), f"{made.keys()} is not what was declared"
@@ -146,7 +147,7 @@ def _fill(file: BinaryIO, start: int, header: dict[str, Any], piece: Piece) -> N
         declared = piece.layout[name]
         assert (tuple(tensor.shape), tensor.dtype) == declared, f"{name}: {tensor.shape} is not {declared}"
         file.seek(start + header[name]["data_offsets"][0])
-        file.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        file.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
 def open_shards(folder: Path) -> Shards:
