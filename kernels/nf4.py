@@ -61,6 +61,6 @@ def dynamic_map(device: torch.device | str = "cpu") -> Tensor:
     values = [0.0, 1.0]
     for power in range(7):
         edges = torch.linspace(0.1, 1, (1 << power) + 1)
-        middles = (10.0 ** (power - 6) * ((edges[:-1] + edges[1:]) / 2).double()).tolist()
+        middles = (10.0 ** (power - 6) * ((edges[:-1] + edges[1:]) / 2)).tolist()
         values += middles + [-middle for middle in middles]
     return torch.tensor(sorted(values), dtype=torch.float32, device=device)
