@@ -62,7 +62,7 @@ def quantize(
     check_dtype(dtype)
     source = open_source(model)
     if source.quantized:
-        raise ValueError(f"{model}: packed by acc already; name the dense model, or see acc export --to dense")
+        raise ValueError(f"{model}: packed already; name the dense model, or see acc export --to dense")
     if data is None and needs:
         data = "self" if source.kind == "demo" else HUB_TEXT
     recipe = Recipe.from_dict(

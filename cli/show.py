@@ -27,6 +27,10 @@ def show(
             screen.line(f"{title}")
             for entry, line in found[folder].items():
                 screen.field(f"  {entry}", line)
+        found["exports"] = {"dense": "Plain weights."} | _exports()
+        screen.line("Exports")
+        for entry, line in found["exports"].items():
+            screen.field(f"  {entry}", line)
         screen.next("acc show spqr")
         screen.result(found)
         return
@@ -42,6 +46,14 @@ def show(
         own = name in listing("compress", "Method")
         screen.next(f"acc quantize MODEL --method {name}" if own else f"acc quantize MODEL --{name} ...")
     screen.result(described)
+
+
+def _exports() -> dict[str, str]:
+    """What `acc export --to` takes."""
+    from ..registry import listing
+
+    engines = listing("formats", "Engine").items()
+    return {name.removeprefix("engine_").replace("_", "-"): line for name, line in engines}
 
 
 def _describe(screen: Any, folder: str, name: str) -> dict[str, Any]:
