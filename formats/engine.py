@@ -215,6 +215,7 @@ def export(source: Source, folder: Path, to: str, *, dense_rest: bool = False) -
     files = {}
     if chosen is not None:
         config |= chosen.plan(packed, [name for name in source.names() if name not in packed])
+        config.pop("torch_dtype", None)  # the older name of what the plan has set
         files = chosen.files(config)
     pieces = [
         _packed_piece(chosen, source, name, packed[name])

@@ -44,7 +44,7 @@ def test_another_engines_checkpoint_is_a_model(capsys, packed, tmp_path, to):
         words = ["eval", model, "--base", packed, "--data", text, "--window", "64", "--windows", "2"]
         code, said, _ = call(capsys, *words, "--dtype", "float32", "--json")
         assert code == 0
-        # weights are those of tests/formats, but rounded to float16, not bfloat16: a router near a tie chooses otherwise
+        # the same numbers, rounded to float16 instead of bfloat16: a router near a tie may choose otherwise
         assert json.loads(said)["kl"] < 0.05
     code, _, err = call(capsys, "quantize", out, tmp_path / "no", "--method", "rtn")
     assert code == 2
