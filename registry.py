@@ -32,16 +32,17 @@ def listing(folder: str, base: str | None = None) -> dict[str, str]:
 
 
 @cache
-def lookup(folder: str, name: str) -> Any:
-    """The one public class of `folder/name.py`.
+def lookup(folder: str, name: str, base: str | None = None) -> Any:
+    """The one public class of `folder/name.py`, which derives from `base` where one is named.
 
     Raises ValueError with the nearest names when there is no such entry."""
-    entries = listing(folder)
+    entries = listing(folder, base)
     if name not in entries:
         near = difflib.get_close_matches(name, entries, n=3) or sorted(entries)
         raise ValueError(f"{folder}: there is no {name!r}; there is {', '.join(near)}")
     path = Path(__file__).parent / folder / f"{name}.py"
-    class_name = _entry_class(ast.parse(path.read_text(encoding="utf-8")), ENTRY_BASES[folder])
+    bases = ENTRY_BASES[folder] if base is None else {base}
+    class_name = _entry_class(ast.parse(path.read_text(encoding="utf-8")), bases)
     assert class_name is not None
     return getattr(importlib.import_module(f"{__package__}.{folder}.{name}"), class_name)
 

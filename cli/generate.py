@@ -34,7 +34,10 @@ def generate(
     source = open_source(model)
     tokenizer = tokenizer_of(source)
     kind = check_dtype(dtype) or source.dtype
-    loaded: Any = AutoModelForCausalLM.from_pretrained(source.folder, dtype=kind)
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(source.folder, dtype=kind)
+    except ImportError as error:  # what another engine packed, its own package runs
+        raise ValueError(f"{model}: {error}; or see acc export --to dense") from None
     loaded.to(device).eval()
     if chat:
         if not tokenizer.chat_template:

@@ -17,7 +17,7 @@ def quantize(
     context: typer.Context,
     model: Model,
     out: Annotated[Path | None, typer.Argument(help="folder to write; default: MODEL-acc-METHOD-IntBITS")] = None,
-    bits: Annotated[float, typer.Option(help="bits per code, 2 to 8; 2.7: stored bits per weight, mixed")] = 3,
+    bits: Annotated[float | None, typer.Option(help="bits per code; 2.7: stored bits per weight, mixed")] = None,
     fit: Annotated[str | None, typer.Option(help="mix bits so that the whole takes at most this, e.g. 6GiB")] = None,
     sensitivity: Annotated[str, typer.Option(help="what a mix is chosen by: kl of the logits, or output")] = "kl",
     per_expert: Annotated[bool, typer.Option("--per-expert", help="a mix may treat a layer's experts apart")] = False,
@@ -52,6 +52,7 @@ def quantize(
 
     if method in listing("compress", "Rewrite"):
         raise ValueError(f"--method {method}: it packs nothing, but can go before a method: --{method}")
+    bits = float(_bits(method)) if bits is None else bits
     mixed = fit is not None or bits != int(bits)
     if sensitivity not in ("kl", "output"):
         raise ValueError(f"--sensitivity {sensitivity}: expected kl or output")
@@ -63,7 +64,7 @@ def quantize(
     check_dtype(dtype)
     source = open_source(model)
     if source.quantized:
-        raise ValueError(f"{model}: packed by acc already; name the dense model, or see acc export --to dense")
+        raise ValueError(f"{model}: packed already; name the dense model, or see acc export --to dense")
     if data is None and needs:
         data = "self" if source.kind == "demo" else HUB_TEXT
     recipe = Recipe.from_dict(
@@ -98,6 +99,13 @@ def quantize(
         text=text,
         papers=papers,
     )
+
+
+def _bits(method: str) -> int:
+    """3, unless the method knows one width only."""
+    from ..registry import lookup
+
+    return lookup("compress", method).model_json_schema()["properties"]["bits"].get("const", 3)
 
 
 def _rotation(which: str | None, seed: int) -> list[dict[str, Any]]:

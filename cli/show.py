@@ -27,6 +27,10 @@ def show(
             screen.line(f"{title}")
             for entry, line in found[folder].items():
                 screen.field(f"  {entry}", line)
+        found["exports"] = {"dense": "Plain weights."} | _exports()
+        screen.line("Exports")
+        for entry, line in found["exports"].items():
+            screen.field(f"  {entry}", line)
         screen.next("acc show spqr")
         screen.result(found)
         return
@@ -42,6 +46,14 @@ def show(
         own = name in listing("compress", "Method")
         screen.next(f"acc quantize MODEL --method {name}" if own else f"acc quantize MODEL --{name} ...")
     screen.result(described)
+
+
+def _exports() -> dict[str, str]:
+    """What `acc export --to` takes."""
+    from ..registry import listing
+
+    engines = listing("formats", "Engine").items()
+    return {name.removeprefix("engine_").replace("_", "-"): line for name, line in engines}
 
 
 def _describe(screen: Any, folder: str, name: str) -> dict[str, Any]:
@@ -69,14 +81,16 @@ def _describe(screen: Any, folder: str, name: str) -> dict[str, Any]:
     if not issubclass(cls, Method):
         screen.line("\nGoes before a method, and leaves what the model computes as it is")
         return {"text": text, "fields": fields}
-    screen.line(f"\nNeeds {', '.join(cls.needs) or 'no statistics'}; writes format {cls.format}")
-    return {"text": text, "fields": fields, "needs": cls.needs, "format": cls.format}
+    screen.line(f"\nNeeds {', '.join(cls().needs) or 'no statistics'}; writes format {cls.format}")
+    return {"text": text, "fields": fields, "needs": cls().needs, "format": cls.format}
 
 
 def _bounds(schema: dict[str, Any]) -> str:
     """What a JSON schema allows, in a few words."""
     if "anyOf" in schema:
         return " or ".join(_bounds(option) for option in schema["anyOf"])
+    if "const" in schema:
+        return str(schema["const"])
     if "enum" in schema:
         return ", ".join(str(value) for value in schema["enum"])
     low, high = schema.get("minimum"), schema.get("maximum")

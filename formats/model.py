@@ -476,6 +476,15 @@ class Skeleton:
             self.model.set_attn_implementation(base)
 
 
+def linear_modules(folder: str, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> dict[str, str]:
+    """`{stored name: module}` of every plain linear layer; one whose weight is tied, and not stored, under its
+    parameter's name. Raises ValueError as `Skeleton`."""
+    skeleton = Skeleton(folder, shapes, dtype)
+    stored = {target.parameter: name for name, target in skeleton.targets.items() if target.pattern is None}
+    paths = [path for path, module in skeleton.model.named_modules() if type(module) is nn.Linear]
+    return {stored.get(f"{path}.weight", f"{path}.weight"): path for path in paths}
+
+
 class _Later:
     """A tensor that is fetched from its mapping when transformers asks for all of it, as of a slice of a file."""
 

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from io import BufferedWriter
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,9 @@ from torch import Tensor
 
 JSON_LIMIT = 100 * 2**20  # bytes of a header, an index or a config; the largest index in public use has about 15 MB
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+SHARD = 5 * 10**9  # bytes of a file of weights; what hubs like best
+
+Layout = dict[str, tuple[tuple[int, ...], torch.dtype]]  # tensors to be, by name
 
 DTYPES = {
     "F64": torch.float64,
@@ -73,6 +79,75 @@ class Shards:
         if raw.size != extent.nbytes:
             raise ValueError(f"{path}: truncated while reading {name}: {extent.nbytes - raw.size} bytes are missing")
         return torch.from_numpy(raw).view(extent.dtype).reshape(extent.shape)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Tensors that are made together: what they will be, and how they are made."""
+
+    layout: Layout
+    make: Callable[[], dict[str, Tensor]]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(math.prod(shape) * dtype.itemsize for shape, dtype in self.layout.values())
+
+
+def write_shards(folder: Path, pieces: Sequence[Piece], limit: int = SHARD) -> int:
+    """Writes all pieces as safetensors of at most `limit` bytes, and an index if there are several; returns the bytes.
+
+    One piece is in memory at a time: shapes and types are known before, so the header is written first. A piece larger
+    than `limit` gets a file of its own."""
+    shards: list[list[Piece]] = [[]]
+    used = 0
+    for piece in pieces:
+        if shards[-1] and used + piece.nbytes > limit:
+            shards.append([])
+            used = 0
+        shards[-1].append(piece)
+        used += piece.nbytes
+    weight_map: dict[str, str] = {}
+    for number, members in enumerate(shards, 1):
+        file = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        _write_shard(folder / file, members)
+        weight_map |= {name: file for piece in members for name in piece.layout}
+    total = sum(piece.nbytes for piece in pieces)
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    return total
+
+
+def _write_shard(path: Path, pieces: Sequence[Piece]) -> None:
+    layout = {name: spec for piece in pieces for name, spec in piece.layout.items()}
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    # wide elements first, as the library does: readers view the bytes as they lie, and need them aligned
+    for name in sorted(layout, key=lambda n: (-layout[n][1].itemsize, n)):
+        (shape, dtype), begin = layout[name], end
+        end += math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": names[dtype], "shape": list(shape), "data_offsets": [begin, end]}
+    raw = json.dumps(header, separators=(",", ":")).encode()
+    raw += b" " * (-len(raw) % 8)
+    with path.open("wb") as file:
+        file.write(len(raw).to_bytes(8, "little") + raw)
+        for piece in pieces:
+            _fill(file, 8 + len(raw), header, piece)
+        file.truncate(8 + len(raw) + end)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _fill(file: BufferedWriter, start: int, header: dict[str, Any], piece: Piece) -> None:
+    """Writes a piece at its place; what was made is gone on return, before the next is made."""
+    made = piece.make()
+    assert made.keys() == piece.layout.keys(), f"{made.keys()} is not what was declared"
+    for name, tensor in made.items():
+        declared = piece.layout[name]
+        assert (tuple(tensor.shape), tensor.dtype) == declared, f"{name}: {tensor.shape} is not {declared}"
+        file.seek(start + header[name]["data_offsets"][0])
+        file.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
 def open_shards(folder: Path) -> Shards:

@@ -40,7 +40,12 @@ def open_source(spec: str | Path, *, trust_remote_code: bool = False) -> Source:
     A folder of that name wins over a hub id. Whatever is returned has passed all checks, so that its folder may be
     handed to transformers. Raises ValueError or OSError in one line that says what is wrong and what to do.
     """
-    text = str(spec)
+    from .engine import imported  # which knows sources
+
+    return imported(_open(str(spec), trust_remote_code))
+
+
+def _open(text: str, trust_remote_code: bool) -> Source:
     path = Path(text).expanduser()
     if text == "demo":
         return Source(text, DEMO, kind="demo", trust_remote_code=trust_remote_code)
@@ -78,7 +83,10 @@ class Source:
         self.changes: dict[str, Any] = {}  # in which `config` differs from the file: see Rewritten
         self.remarks: dict[str, list[dict[str, Any]]] = {}
         self.notes: list[str] = []
+        self.foreign: str | None = None  # who packed it, if not acc
         table = _quantization(spec, self.config)
+        if table is not None and table.get("quant_method") != "acc":
+            self.foreign, table = table["quant_method"], None
         self.quantized = table is not None
         self.shards: Shards = open_shards(folder)
         self.entries: dict[str, Entry] = entries(table) if table is not None else {}
@@ -104,7 +112,7 @@ class Source:
     def names(self) -> list[str]:
         """The dense model's tensors, layer 2 before layer 10."""
         owner = self._owner
-        return sorted((n for n in self.shards.extents if owner.get(n, n) == n), key=_natural)
+        return sorted((n for n in self.shards.extents if owner.get(n, n) == n), key=natural)
 
     def info(self, name: str) -> TensorInfo:
         """Shape, type and bytes of a tensor of `names()`. Raises ValueError for any other name."""
@@ -137,7 +145,7 @@ class Source:
 
     def raw_names(self) -> list[str]:
         """Every tensor on disk."""
-        return sorted(self.shards.extents, key=_natural)
+        return sorted(self.shards.extents, key=natural)
 
     def raw(self, name: str) -> Tensor:
         """A tensor as it is on disk."""
@@ -245,14 +253,16 @@ def all_finite(tensor: Tensor) -> bool:
 
 
 def _quantization(spec: str, config: dict[str, Any]) -> dict[str, Any] | None:
-    """acc's own table, None for a dense model. Raises ValueError for weights that another tool has quantised."""
+    """The table of a packed model, None for a dense one. Raises ValueError for a tool whose files acc cannot read."""
+    from .engine import readers
+
     text = config.get("text_config")
     for holder in (config, text if isinstance(text, dict) else {}):
         table = holder.get("quantization_config") or holder.get("compression_config")
         if not table:
             continue
         method = table.get("quant_method", "unknown") if isinstance(table, dict) else "unknown"
-        if method == "acc":
+        if method == "acc" or (holder is config and method in readers()):
             return table
         raise ValueError(
             f"{spec}: already quantised ({method}); acc starts from 16 or 32-bit weights: name the original model, or "
@@ -298,7 +308,8 @@ def _why_not(name: str) -> str | None:
     return None
 
 
-def _natural(name: str) -> list[tuple[int, int, str]]:
+def natural(name: str) -> list[tuple[int, int, str]]:
+    """A key that sorts layer 2 before layer 10."""
     return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"(\d+)", name)]
 
 

@@ -38,6 +38,8 @@ def product(
         if device != "cpu":
             raise ValueError(f"ACC_KERNELS=compiled runs on the CPU, the weights are on {device}; unset it")
         try:
+            if not (Path(__file__).parent / f"{op}_compiled.py").exists():
+                raise OSError(f"{op} has no kernel for the CPU")
             return importlib.import_module(f".{op}_compiled", __package__).prepare(columns, **operands)
         except OSError as error:
             if forced:

@@ -173,7 +173,7 @@ def test_the_demo_model_rotated_and_packed(tmp_path):
 @torch.no_grad()
 def test_a_tied_head_is_untied_everywhere(checkpoint, tmp_path):
     import acc
-    from acc.cli.export import to_dense
+    from acc.formats.engine import export
 
     source = open_source(str(checkpoint("llama")))
     outcome = apply(recipe({}, SPQR), source, tmp_path / "out", [ids()])
@@ -188,7 +188,7 @@ def test_a_tied_head_is_untied_everywhere(checkpoint, tmp_path):
     assert "- untied: 1" in (tmp_path / "out" / "README.md").read_text()
     packed = acc.load(tmp_path / "out")(ids()).logits
     (tmp_path / "dense").mkdir()
-    to_dense(made, tmp_path / "dense")
+    export(made, tmp_path / "dense", "dense")
     dense = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
     assert dense.lm_head.weight is not dense.model.embed_tokens.weight
     torch.testing.assert_close(dense(ids()).logits, packed, rtol=0, atol=1e-4)

@@ -324,7 +324,7 @@ def test_specs_that_mean_nothing(tmp_path, monkeypatch):
             open_source(spec)
 
 
-@pytest.mark.parametrize("method", ["fp8", "mxfp4", "gptq"])
+@pytest.mark.parametrize("method", ["fp8", "mxfp4", "awq"])
 @pytest.mark.parametrize("nested", [False, True])
 def test_quantised_by_others(tmp_path, method, nested):
     config: dict = {"quantization_config": {"quant_method": method}}
