@@ -10,7 +10,6 @@ import typer
 from .base import Device, Dtype, Json, MethodCommand, Model, Seed, Spill
 
 COMMAND = MethodCommand  # the chosen method's own fields are options too
-HUB_TEXT = "hf:allenai/c4:en:validation"
 
 
 def quantize(
@@ -40,10 +39,9 @@ def quantize(
     The chosen method's own settings are options as well, e.g. --group-size 32; `acc show METHOD` lists them.
     """
     from ..compress.recipe import Recipe, configure
-    from ..formats.source import open_source
     from ..registry import listing
     from .base import check_device, check_dtype
-    from .packing import pack
+    from .packing import calibration, open_dense, pack
     from .ui import Screen
 
     if method in listing("compress", "Rewrite"):
@@ -54,15 +52,11 @@ def quantize(
     needs = bool(chosen.needs or refine)
     check_device(device)
     check_dtype(dtype)
-    source = open_source(model)
-    if source.quantized:
-        raise ValueError(f"{model}: packed by acc already; name the dense model, or see acc export --to dense")
-    if data is None and needs:
-        data = "self" if source.kind == "demo" else HUB_TEXT
+    source = open_dense(model)
     recipe = Recipe.from_dict(
         {
             "dtype": dtype,
-            "calibration": _calibration(source, data if needs else None, nsamples, seqlen) | {"seed": seed},
+            "calibration": calibration(source, data, nsamples, seqlen, needs) | {"seed": seed},
             "refine": refine,
             "steps": [
                 *_rotation(rotate, seed),
@@ -92,19 +86,9 @@ def _rotation(which: str | None, seed: int) -> list[dict[str, Any]]:
     return [{"method": "rotate", "residual": which != "heads", "heads": which != "residual", "seed": seed}]
 
 
-def _calibration(source: Any, data: str | None, nsamples: int | None, seqlen: int | None) -> dict[str, Any]:
-    """How much text; what is drawn from the model itself takes time to draw, so less of it is the default."""
-    samples, length = (64, 512) if data == "self" else (128, 2048)
-    longest = source.config.get("max_position_embeddings")
-    if isinstance(longest, int):
-        length = min(length, longest)
-    return {"data": data, "nsamples": nsamples or samples, "seqlen": seqlen or length}
-
-
 def default_name(source: Any, method: str, bits: int) -> Path:
     """`Qwen/Qwen3-0.6B` -> `Qwen3-0.6B-acc-SpQR-Int3`."""
     from ..registry import lookup
+    from .packing import plain_name
 
-    plain = {"hub": source.spec.partition("@")[0], "gguf": str(Path(source.spec).with_suffix("")), "demo": "demo"}
-    name = Path(plain.get(source.kind) or source.folder.resolve()).name
-    return Path(f"{name}-acc-{lookup('compress', method).__name__}-Int{bits}")
+    return Path(f"{plain_name(source)}-acc-{lookup('compress', method).__name__}-Int{bits}")

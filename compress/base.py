@@ -52,7 +52,7 @@ class Method(BaseModel):
         depends on the data, or whose scheme depends on the shape, overrides this. Raises ValueError for a shape that
         it cannot take.
         """
-        return dict(_probe(self)), {}
+        return dict(_probe(self)), {}  # pyright: ignore[reportArgumentType] - frozen models are hashable
 
     def planned_bytes(self, shape: tuple[int, int]) -> int:
         """Bytes that a matrix `[O, I]` would take on disk, companions included. Errors as in `planned`."""
