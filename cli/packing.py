@@ -89,7 +89,7 @@ def pack(
     Store.check(folder, resume=resume, overwrite=overwrite)
     rewritten = recipe.rewrite(source)
     assign(recipe, Stream(rewritten))  # a pattern that fits nothing is found before the text is read
-    _show_recipe(screen, recipe, source)
+    show_recipe(screen, recipe, source)
     for note in rewritten.notes:
         screen.field("Rewrite", note)
     text = _text(recipe, source) if recipe.needs or recipe.refine else None
@@ -133,7 +133,8 @@ def pack(
     )
 
 
-def _show_recipe(screen: Screen, recipe: Recipe, source: Source) -> None:
+def show_recipe(screen: Screen, recipe: Recipe, source: Source) -> None:
+    """The model, and what is done to it."""
     kind = str(source.dtype).removeprefix("torch.")
     screen.line(f"Model     {source.spec}: {source.config.get('model_type')}, {kind}")
     for step in recipe.steps:

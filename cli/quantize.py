@@ -59,7 +59,7 @@ def quantize(
             "calibration": calibration(source, data, nsamples, seqlen, needs) | {"seed": seed},
             "refine": refine,
             "steps": [
-                *_rotation(rotate, seed),
+                *rotation(rotate, seed),
                 {"method": method, **settings, "targets": targets, "ignore": ignore},
             ],
         }
@@ -77,7 +77,7 @@ def quantize(
     )
 
 
-def _rotation(which: str | None, seed: int) -> list[dict[str, Any]]:
+def rotation(which: str | None, seed: int) -> list[dict[str, Any]]:
     """The step that `--rotate` means."""
     if which is None:
         return []

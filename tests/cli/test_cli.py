@@ -69,7 +69,18 @@ def one_line(capsys, code: int, *words) -> str:
 
 
 def test_every_verb_has_help(capsys):
-    assert set(verbs()) == {"inspect", "quantize", "eval", "generate", "verify", "export", "show", "bench", "apply"}
+    assert set(verbs()) == {
+        "inspect",
+        "quantize",
+        "eval",
+        "generate",
+        "verify",
+        "export",
+        "show",
+        "bench",
+        "apply",
+        "plan",
+    }
     for verb in verbs():
         code, out, _ = call(capsys, verb, "--help")
         assert code == 0
@@ -407,6 +418,8 @@ def test_bench_refuses(capsys, model, packed):
 def test_what_is_printed_fits_80_columns(capsys, model, text, packed, tmp_path):
     commands = [
         ["inspect", model, "--targets", "*.down_proj"],
+        ["plan", model, "--fit", "1MB", "--group-size", "32"],
+        ["apply"],
         ["quantize", model, tmp_path / "o", "--data", text, "--nsamples", "2", "--seqlen", "32"],
         ["eval", packed, "--base", model, "--data", text, "--window", "32", "--windows", "2"],
         ["verify", packed],
