@@ -30,7 +30,7 @@ def apply(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace a folder that acc made")] = False,
     as_json: Json = False,
 ) -> None:
-    """Compress a model as a YAML recipe says; without a recipe, list those that come with acc.
+    """Compress a model as a YAML recipe says; alone, list the recipes.
 
     The recipe.yaml that lies beside every compressed model is one: it makes the same weights again.
     """
