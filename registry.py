@@ -47,6 +47,17 @@ def lookup(folder: str, name: str, base: str | None = None) -> Any:
     return getattr(importlib.import_module(f"{__package__}.{folder}.{name}"), class_name)
 
 
+RECIPES = Path(__file__).parent / "recipes"
+
+
+def recipes() -> dict[str, str]:
+    """Names of the recipes that come with acc, and what each is for: the comment in the first line of its file."""
+    return {
+        path.stem: path.read_text(encoding="utf-8").partition("\n")[0].removeprefix("#").strip()
+        for path in sorted(RECIPES.glob("*.yaml"))
+    }
+
+
 def _entry_class(tree: ast.Module, bases: set[str]) -> str | None:
     for node in tree.body:
         if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):

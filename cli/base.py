@@ -150,3 +150,22 @@ def bits_of(source: Source) -> dict[str, float]:
         "packed_bytes": sum(infos[name].nbytes for name in packed),
         "packed_bits": 8 * sum(infos[name].nbytes for name in packed) / inside if inside else 0.0,
     }
+
+
+CLASSES = {
+    "embeddings": r"embed_tokens|wte|word_embeddings",
+    "head": r"lm_head|embed_out",
+    "routers": r"\.(gate|router|shared_expert_gate)\.",
+    "shared experts": r"shared_expert",
+    "experts": r"\.experts\.",
+    "attention": r"attn|attention",
+    "norms": r"norm",
+    "mlp": r"mlp|feed_forward|ffn",
+}
+
+
+def class_of(tensor: str) -> str:
+    """What kind of tensor a name on disk means."""
+    import re
+
+    return next((kind for kind, pattern in CLASSES.items() if re.search(pattern, tensor)), "other")

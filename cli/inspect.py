@@ -3,23 +3,11 @@
 from __future__ import annotations
 
 import math
-import re
 from typing import Annotated, Any
 
 import typer
 
 from .base import Json, Model
-
-CLASSES = {
-    "embeddings": r"embed_tokens|wte|word_embeddings",
-    "head": r"lm_head|embed_out",
-    "routers": r"\.(gate|router|shared_expert_gate)\.",
-    "shared experts": r"shared_expert",
-    "experts": r"\.experts\.",
-    "attention": r"attn|attention",
-    "norms": r"norm",
-    "mlp": r"mlp|feed_forward|ffn",
-}
 
 
 def inspect(
@@ -94,10 +82,11 @@ def _facts(source: Any, skeleton: Any) -> dict[str, Any]:
 
 def _classes(source: Any) -> dict[str, tuple[int, int]]:
     """`{class: (weights, bytes)}`, largest first."""
+    from .base import class_of
+
     found: dict[str, tuple[int, int]] = {}
     for name in source.names():
-        info = source.info(name)
-        kind = next((k for k, pattern in CLASSES.items() if re.search(pattern, name)), "other")
+        info, kind = source.info(name), class_of(name)
         weights, nbytes = found.get(kind, (0, 0))
         found[kind] = (weights + math.prod(info.shape), nbytes + info.nbytes)
     return dict(sorted(found.items(), key=lambda item: -item[1][1]))

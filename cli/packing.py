@@ -14,6 +14,54 @@ if TYPE_CHECKING:
 
 MANY = 4  # steps, beyond which they are not shown one by one
 REFINE_TOKENS = 2048  # of one step of learned rounding
+HUB_TEXT = "hf:allenai/c4:en:validation"
+
+
+def open_dense(model: str) -> Source:
+    """The model to be packed. Raises ValueError for one that is packed already."""
+    from ..formats.source import open_source
+
+    source = open_source(model)
+    if source.quantized:
+        raise ValueError(f"{model}: packed already; name the dense model, or see acc export --to dense")
+    return source
+
+
+def calibration(
+    source: Source, data: str | None, nsamples: int | None, seqlen: int | None, needed: bool
+) -> dict[str, Any]:
+    """Which text, and how much of it; what is drawn from the model itself takes time to draw, so less is the
+    default."""
+    if data is None and needed:
+        data = "self" if source.kind == "demo" else HUB_TEXT
+    data = data if needed else None
+    samples, length = (64, 512) if data == "self" else (128, 2048)
+    longest = source.config.get("max_position_embeddings")
+    if isinstance(longest, int):
+        length = min(length, longest)
+    return {"data": data, "nsamples": nsamples or samples, "seqlen": seqlen or length}
+
+
+def plain_name(source: Source) -> str:
+    """`Qwen/Qwen3-0.6B@main` -> `Qwen3-0.6B`."""
+    plain = {"hub": source.spec.partition("@")[0], "gguf": str(Path(source.spec).with_suffix("")), "demo": "demo"}
+    return Path(plain.get(source.kind) or source.folder.resolve()).name
+
+
+def resolved(
+    recipe: Recipe, source: Source, data: str | None = None, nsamples: int | None = None, seqlen: int | None = None
+) -> Recipe:
+    """A recipe read from a file with the calibration that its run will have: what is given here goes before what the
+    file says, and that before the defaults."""
+    said = {name: getattr(recipe.calibration, name) for name in recipe.calibration.model_fields_set}
+    wanted = calibration(
+        source,
+        data or said.get("data"),
+        nsamples or said.get("nsamples"),
+        seqlen or said.get("seqlen"),
+        bool(recipe.needs or recipe.refine),
+    )
+    return recipe.model_copy(update={"calibration": recipe.calibration.model_copy(update=wanted)})
 
 
 def pack(
@@ -46,7 +94,7 @@ def pack(
     Store.check(folder, resume=resume, overwrite=overwrite)
     rewritten = recipe.rewrite(source)
     assign(recipe, Stream(rewritten))  # a pattern that fits nothing is found before the text is read
-    _show_recipe(screen, recipe, source)
+    show_recipe(screen, recipe, source)
     for note in rewritten.notes:
         screen.field("Rewrite", note)
     if text is None and (recipe.needs or recipe.refine):
@@ -92,7 +140,8 @@ def pack(
     )
 
 
-def _show_recipe(screen: Screen, recipe: Recipe, source: Source) -> None:
+def show_recipe(screen: Screen, recipe: Recipe, source: Source) -> None:
+    """The model, and what is done to it."""
     from .ui import shorten
 
     kind = str(source.dtype).removeprefix("torch.")

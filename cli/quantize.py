@@ -10,7 +10,6 @@ import typer
 from .base import Device, Dtype, Json, MethodCommand, Model, Seed, Spill
 
 COMMAND = MethodCommand  # the chosen method's own fields are options too
-HUB_TEXT = "hf:allenai/c4:en:validation"
 
 
 def quantize(
@@ -43,10 +42,9 @@ def quantize(
     The chosen method's own settings are options as well, e.g. --group-size 32; `acc show METHOD` lists them.
     """
     from ..compress.recipe import Recipe, configure
-    from ..formats.source import open_source
     from ..registry import listing
     from .base import check_device, check_dtype, show_text
-    from .packing import calibration_text, pack
+    from .packing import calibration, calibration_text, open_dense, pack
     from .spending import parse_size, spend
     from .ui import Screen
 
@@ -62,18 +60,14 @@ def quantize(
     needs = bool(chosen.needs or refine or mixed)
     check_device(device)
     check_dtype(dtype)
-    source = open_source(model)
-    if source.quantized:
-        raise ValueError(f"{model}: packed already; name the dense model, or see acc export --to dense")
-    if data is None and needs:
-        data = "self" if source.kind == "demo" else HUB_TEXT
+    source = open_dense(model)
     recipe = Recipe.from_dict(
         {
             "dtype": dtype,
-            "calibration": _calibration(source, data if needs else None, nsamples, seqlen) | {"seed": seed},
+            "calibration": calibration(source, data, nsamples, seqlen, needs) | {"seed": seed},
             "refine": refine,
             "steps": [
-                *_rotation(rotate, seed),
+                *rotation(rotate, seed),
                 {"method": method, **settings, "targets": targets, "ignore": ignore},
             ],
         }
@@ -108,7 +102,7 @@ def _bits(method: str) -> int:
     return lookup("compress", method).model_json_schema()["properties"]["bits"].get("const", 3)
 
 
-def _rotation(which: str | None, seed: int) -> list[dict[str, Any]]:
+def rotation(which: str | None, seed: int) -> list[dict[str, Any]]:
     """The step that `--rotate` means."""
     if which is None:
         return []
@@ -117,20 +111,10 @@ def _rotation(which: str | None, seed: int) -> list[dict[str, Any]]:
     return [{"method": "rotate", "residual": which != "heads", "heads": which != "residual", "seed": seed}]
 
 
-def _calibration(source: Any, data: str | None, nsamples: int | None, seqlen: int | None) -> dict[str, Any]:
-    """How much text; what is drawn from the model itself takes time to draw, so less of it is the default."""
-    samples, length = (64, 512) if data == "self" else (128, 2048)
-    longest = source.config.get("max_position_embeddings")
-    if isinstance(longest, int):
-        length = min(length, longest)
-    return {"data": data, "nsamples": nsamples or samples, "seqlen": seqlen or length}
-
-
 def default_name(source: Any, method: str, size: str) -> Path:
     """`Qwen/Qwen3-0.6B` -> `Qwen3-0.6B-acc-SpQR-Int3`."""
     from ..registry import lookup
+    from .packing import plain_name
 
-    plain = {"hub": source.spec.partition("@")[0], "gguf": str(Path(source.spec).with_suffix("")), "demo": "demo"}
-    name = Path(plain.get(source.kind) or source.folder.resolve()).name
     form = f"Int{size}" if size.isdecimal() else f"{size}bit" if size[-1:].isdecimal() else size
-    return Path(f"{name}-acc-{lookup('compress', method).__name__}-{form}")
+    return Path(f"{plain_name(source)}-acc-{lookup('compress', method).__name__}-{form}")

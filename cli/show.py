@@ -13,11 +13,11 @@ FOLDERS = {"compress": "Methods", "formats": "Formats", "calibrate": "Statistics
 
 
 def show(
-    name: Annotated[str | None, typer.Argument(help="a method, format or statistic; default: list all")] = None,
+    name: Annotated[str | None, typer.Argument(help="a method, format, statistic or recipe; or recipes")] = None,
     as_json: Json = False,
 ) -> None:
     """List what there is, or one entry's fields and source."""
-    from ..registry import listing
+    from ..registry import RECIPES, listing, recipes
     from .ui import Screen
 
     screen = Screen(as_json)
@@ -31,14 +31,26 @@ def show(
         screen.line("Exports")
         for entry, line in found["exports"].items():
             screen.field(f"  {entry}", line)
-        screen.next("acc show spqr")
-        screen.result(found)
+        screen.field("Recipes", ", ".join(recipes()))
+        screen.next("acc show spqr, or acc show recipes")
+        screen.result(found | {"recipes": recipes()})
+        return
+    if name == "recipes":
+        from .apply import show_recipes
+
+        show_recipes(screen)
+        return
+    if name in recipes():
+        text = (RECIPES / f"{name}.yaml").read_text(encoding="utf-8")
+        screen.line(text)
+        screen.next(f"acc apply {name} MODEL")
+        screen.result({"recipe": name, "text": text})
         return
     homes = [folder for folder in FOLDERS if name in found[folder]]
     if not homes:
         import difflib
 
-        every = sorted({entry for entries in found.values() for entry in entries})
+        every = sorted({entry for entries in [*found.values(), recipes()] for entry in entries})
         near = difflib.get_close_matches(name, every, n=3) or every
         raise ValueError(f"there is no {name!r}; there is {', '.join(near)}")
     described = {folder: _describe(screen, folder, name) for folder in homes}

@@ -28,6 +28,7 @@ from ..formats.names import select
 from ..formats.source import Source, all_finite, finite
 from ..formats.store import Store
 from .card import card
+from .plan import sizes
 from .recipe import Recipe, Step
 from .refine import Rounding, refine
 
@@ -91,7 +92,7 @@ def apply(
         recipe.prove(original, device)
     units = [*(f"block {index}" for index in range(len(stream.skeleton.layers))), Outside.name]
     identity = {"acc": __version__, "recipe": recipe.to_dict(), "source": source.identity(), "data": text_record}
-    size = sum(source.info(name).nbytes for name in source.names())
+    size = sum(sizes(chosen, stream).values())
     store = Store.create(out, identity, units, resume=resume, overwrite=overwrite, needed_bytes=size)
     if store.complete:
         report(1.0, "nothing left to do")

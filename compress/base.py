@@ -3,6 +3,7 @@ rewrite is, which gives the weights another form before."""
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, ClassVar, Self
@@ -14,8 +15,9 @@ from torch import Tensor
 from ..calibrate.base import Statistic
 from ..calibrate.evaluate import fingerprint_ids
 from ..calibrate.stream import Stream
-from ..formats.base import PackedWeight
+from ..formats.base import PackedWeight, Scheme, format_of
 from ..formats.source import Rewritten, Source
+from ..registry import lookup
 
 Event = Callable[..., None]  # event("damping_retry", damp_percent=0.02): lands in the tensor's line of report.jsonl
 
@@ -47,6 +49,33 @@ class Method(BaseModel):
         """The same for matrices with equally many inputs; a method that gains from taking several at once overrides
         it."""
         return [self.compress(*one) for one in zip(weights, prepared, events, strict=True)]
+
+    def planned(self, shape: tuple[int, int]) -> tuple[Scheme, dict[str, int]]:
+        """How a matrix `[O, I]` would be packed, told before any data exists: its scheme, and the counts that
+        `PackedWeight.nbytes` takes.
+
+        Here the scheme of a small random matrix, packed without data, stands for all; a method whose packed size
+        depends on the data, or whose scheme depends on the shape, overrides this. Raises ValueError for a shape that
+        it cannot take.
+        """
+        return dict(_probe(self)), {}  # pyright: ignore[reportArgumentType] - frozen models are hashable
+
+    def planned_bytes(self, shape: tuple[int, int]) -> int:
+        """Bytes that a matrix `[O, I]` would take on disk, companions included. Errors as in `planned`."""
+        scheme, counts = self.planned(shape)
+        return format_of(scheme).nbytes(shape, scheme, **counts)
+
+
+@functools.cache
+def _probe(method: Method) -> Scheme:
+    """The scheme that a method gives a small matrix of whose input nothing is known."""
+    weight = torch.randn(64, 256, generator=torch.Generator().manual_seed(0))
+    statistics = {name: lookup("calibrate", name)(weight.shape[1]) for name in method.needs}
+    return method.compress(weight, method.prepare(statistics, _ignore), _ignore).scheme
+
+
+def _ignore(kind: str, **figures: Any) -> None:
+    """An event that nobody needs to know."""
 
 
 def around(bits: float) -> range:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,7 @@ class Step(BaseModel):
         if "method" not in own:
             raise ValueError("a step needs a `method`")
         rest = {k: v for k, v in data.items() if k not in own}
-        return own | {"settings": configure(own["method"], rest)}
+        return own | {"settings": configure(own["method"], rest, beside=("targets", "ignore"))}
 
     def flat(self) -> dict[str, Any]:
         return {
@@ -75,7 +76,7 @@ class Recipe(BaseModel):
         """Takes the rewrites out of the steps, where they stand before all methods."""
         if not isinstance(data, dict) or not isinstance(steps := data.get("steps", ()), list | tuple):
             return data
-        if not steps:
+        if not steps and data.keys() <= cls.model_fields.keys():  # else the key that is wrong is named
             raise ValueError("steps: a recipe needs one or more")
         if "rewrites" in data:
             raise ValueError("rewrites: write them as the first of the steps")
@@ -96,18 +97,21 @@ class Recipe(BaseModel):
         try:
             return cls.model_validate(data)
         except ValidationError as error:
-            raise ValueError(f"{where}: {explain(error)}") from None
+            raise ValueError(f"{where}: {explain(error, cls)}") from None
 
     @classmethod
-    def read(cls, path: Path) -> Recipe:
-        """Raises ValueError when the file is missing, is not YAML, or is not a recipe."""
+    def read(cls, path: Path, changes: Iterable[str] = ()) -> Recipe:
+        """A recipe's file, with `changes` as `override` takes them.
+
+        Raises ValueError when the file is missing, is not YAML, or is not a recipe, and for a change to what it lacks.
+        """
         try:
             data = yaml.safe_load(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise ValueError(f"recipe {path} does not exist") from None
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise ValueError(f"recipe {path} is not YAML: {str(error).splitlines()[0]}") from None
-        return cls.from_dict(data, str(path))
+        return cls.from_dict(override(data, changes), path.name)
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -142,26 +146,71 @@ class Recipe(BaseModel):
             source = one.rewrite(source)
 
 
-def configure(method: str, settings: dict[str, Any]) -> Any:
-    """A method or rewrite with its settings. Raises ValueError naming each wrong field and what is allowed."""
+def override(data: Any, changes: Iterable[str]) -> Any:
+    """What a recipe's file holds, changed by `path=value`: dotted paths such as `steps.0.bits=4`, values in YAML.
+
+    Raises ValueError for a malformed change and for a path that leads nowhere; what a recipe has no place for is found
+    when it is validated.
+    """
+    for change in changes:
+        path, equals, text = change.partition("=")
+        if not (path and equals):
+            raise ValueError(f"--set {change}: expected path=value, for instance steps.0.bits=4")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ValueError(f"--set {change}: the value is not YAML: {str(error).splitlines()[0]}") from None
+        data = _put(data, path.split("."), value, change)
+    return data
+
+
+def _put(data: Any, path: list[str], value: Any, change: str) -> Any:
+    """A copy of `data` with another value at the end of `path`."""
+    if not path:
+        return value
+    key, *rest = path
+    if isinstance(data, list):
+        if not (key.isdecimal() and int(key) < len(data)):
+            raise ValueError(f"--set {change}: there is no {key!r} in a list of {len(data)}; the first is 0")
+        return [_put(item, rest, value, change) if n == int(key) else item for n, item in enumerate(data)]
+    if isinstance(data, dict) or data is None:
+        known = data or {}
+        return known | {key: _put(known.get(key), rest, value, change)}
+    raise ValueError(f"--set {change}: there is no {key!r} in {data!r}")
+
+
+def configure(method: str, settings: dict[str, Any], beside: Sequence[str] = ()) -> Any:
+    """A method or rewrite with its settings; `beside` are keys that may stand beside them.
+
+    Raises ValueError naming each wrong field and what is allowed."""
     cls = lookup("compress", method)
     try:
         return cls(**settings)
     except ValidationError as error:
-        raise ValueError(f"{method}: {explain(error, cls)}") from None
+        raise ValueError(f"{method}: {explain(error, cls, beside)}") from None
 
 
-def explain(error: ValidationError, cls: type[BaseModel] | None = None) -> str:
-    """A validation error in one line; an unknown field comes with the nearest known ones."""
+def explain(error: ValidationError, cls: type[BaseModel], beside: Sequence[str] = ()) -> str:
+    """A validation error of `cls` in one line; an unknown field comes with the nearest known ones."""
     parts = []
     for item in error.errors():
         field = ".".join(str(p) for p in item["loc"])
-        if item["type"] == "extra_forbidden" and cls is not None:
-            near = difflib.get_close_matches(field, cls.model_fields, n=2) or sorted(cls.model_fields)
-            parts.append(f"there is no option {field!r}; there is {', '.join(near)}")
+        if item["type"] == "extra_forbidden":
+            *inside, name = map(str, item["loc"])
+            known = [*_inside(cls, inside), *beside]
+            near = difflib.get_close_matches(name, known, n=2) or sorted(known)
+            where = f" in {'.'.join(inside)}" if inside else ""
+            parts.append(f"there is no option {name!r}{where}; there is {', '.join(near)}")
         else:
             message = item["msg"].removeprefix("Value error, ")
             given = item.get("input")
             shown = f" (given {given!r})" if isinstance(given, str | int | float) and repr(given) not in message else ""
             parts.append(f"{field}: {message}{shown}" if field else message)
     return "; ".join(parts)
+
+
+def _inside(cls: type[BaseModel], path: list[str]) -> list[str]:
+    """The fields of the model that lies at `path` in `cls`."""
+    for part in path:
+        cls = cls.model_fields[part].annotation  # pyright: ignore[reportAssignmentType] - pydantic went there too
+    return [name for name in cls.model_fields if name != "rewrites"]  # which stand among the steps

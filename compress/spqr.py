@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from ..calibrate.base import Statistic
 from ..calibrate.hessian import normalised
+from ..formats.base import Scheme
 from ..formats.spqr import SpQRWeight
 from . import descent
 from .base import Event, Method, around
@@ -89,7 +91,6 @@ class SpQR(Method):
     def encode(self, codes: Tensor, grids: list[Grid], deltas: Tensor, prepared: Prepared) -> SpQRWeight:
         """codes and deltas `[I, O]` in packed order, a grid per group of inputs."""
         column, row = deltas.nonzero(as_tuple=True)
-        scheme = self.model_dump(exclude={"outlier_threshold", "damp_percent", "sweeps"})
         return SpQRWeight.encode(
             codes.T,
             torch.stack([grid.scale_codes for grid in grids]),
@@ -97,8 +98,45 @@ class SpQR(Method):
             torch.stack([grid.stat for grid in grids]),
             None if self.order == "identity" else prepared.perm,
             (row, column, deltas[column, row]),
-            {**scheme, "stat_dtype": str(deltas.dtype).removeprefix("torch.")},
+            self.scheme(deltas.dtype),
         )
+
+    def scheme(self, dtype: torch.dtype) -> Scheme:
+        """What `SpQRWeight` needs to know of the settings; statistics and corrections are stored in `dtype`."""
+        settings = self.model_dump(exclude={"outlier_threshold", "damp_percent", "sweeps"})
+        return {**settings, "stat_dtype": str(dtype).removeprefix("torch.")}
+
+    def planned(self, shape: tuple[int, int]) -> tuple[Scheme, dict[str, int]]:
+        """The number of outliers is what matrices of real models had on average: see `outlier_share`."""
+        share = outlier_share(self.bits, self.outlier_threshold)
+        return {"format": self.format, **self.scheme(torch.float16)}, {"outliers": round(share * shape[0] * shape[1])}
+
+
+# Share of the weights kept apart, by the square of a step of the grid, in units of the threshold: between what
+# SmolLM2-135M and the demo model had with groups of 16 and 32 (tests/bench/results/{ablation-*,demo,smollm2-135m}.json;
+# at 0.04 and below, where it adds less than 0.04 bits, one of them has up to twice as many and the other half).
+OUTLIER_SHARES = (
+    (0.0044, 0.00003),
+    (0.0222, 0.0004),
+    (0.0408, 0.0011),
+    (0.102, 0.0108),
+    (0.1111, 0.0122),
+    (0.2222, 0.0278),
+    (0.5556, 0.0916),
+)
+
+
+def outlier_share(bits: int, threshold: float | None) -> float:
+    """An estimate, before any data: along straight lines between what was measured, both axes logarithmic."""
+    if threshold is None:
+        return 0.0
+    if threshold == 0:
+        return 1.0  # whatever cannot be told exactly
+    points = [(math.log(step), math.log(share)) for step, share in OUTLIER_SHARES]
+    at = -math.log(threshold) - 2 * math.log((1 << bits) - 1)
+    segment = sum(at > step for step, _ in points[1:-1])
+    (left, low), (right, high) = points[segment : segment + 2]
+    return math.exp(min(0.0, low + (high - low) * (at - left) / (right - left)))
 
 
 def side_by_side(weights: list[Tensor], dtypes: list[torch.dtype], share: int) -> list[list[int]]:

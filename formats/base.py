@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -148,6 +149,17 @@ class PackedWeight(ABC):
     def counts(self) -> dict[str, int]:
         """What `nominal_bits` needs to know of the data, e.g. the number of outliers."""
         return {}
+
+    @classmethod
+    def nbytes(cls, shape: tuple[int, int], scheme: Scheme, **counts: int) -> int:
+        """Bytes of the tensors of a matrix of this shape, before any data exists.
+
+        `counts` are as `counts()` gives them; their sum is the size of what only the data decides. A format with
+        several such sizes overrides this. Raises ValueError for a shape or scheme that the format cannot hold.
+        """
+        open_size = sum(counts.values())
+        layout = cls.layout(shape, scheme).values()
+        return sum(dtype.itemsize * math.prod(open_size if n is None else n for n in size) for size, dtype in layout)
 
     @property
     def nominal(self) -> float:

@@ -42,6 +42,7 @@ ROWS = {
     "rtn 2": ["rtn", "2", "--group-size", "16"],
     "spqr 4": ["spqr", "4", *AUTHORS],
     "rtn 4": ["rtn", "4", "--group-size", "16"],
+    "rtn 4, groups of 32": ["rtn", "4", "--group-size", "32"],
 }
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from acc.cli.main import run, verbs
+from acc.registry import recipes
 
 ACC = Path(sys.executable).with_name("acc")
 WORDS = "the quick brown fox jumps over the lazy dog while seven wizards boil green tea and count the stars "
@@ -68,7 +69,18 @@ def one_line(capsys, code: int, *words) -> str:
 
 
 def test_every_verb_has_help(capsys):
-    assert set(verbs()) == {"inspect", "quantize", "eval", "generate", "verify", "export", "show", "bench"}
+    assert set(verbs()) == {
+        "inspect",
+        "quantize",
+        "eval",
+        "generate",
+        "verify",
+        "export",
+        "show",
+        "bench",
+        "apply",
+        "plan",
+    }
     for verb in verbs():
         code, out, _ = call(capsys, verb, "--help")
         assert code == 0
@@ -162,6 +174,67 @@ def test_settings_of_the_method_are_options(capsys, model, tmp_path):
     assert "needs a value" in one_line(capsys, 2, *words, "--group-size")
     assert "needs a value" in one_line(capsys, 2, *words, "--group-size", "--symmetric", "true")
     assert "no option --outlier-threshold" in one_line(capsys, 2, *words, "--outlier-threshold", "0.1")
+
+
+def bytes_of(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.glob("*.safetensors"))}
+
+
+def test_the_recipe_beside_a_model_makes_it_again(capsys, model, text, tmp_path):
+    """Rotation, a second-choice target, learned rounding and all; whatever the text's file is called."""
+    words = ["--data", text, "--nsamples", "4", "--seqlen", "32", "--bits", "3", "--rotate", "heads", "--refine", "2"]
+    words += ["--ignore", "re:layers.1.*down_proj", "--seed", "3"]
+    assert call(capsys, "quantize", model, tmp_path / "first", *words)[0] == 0
+    recipe, other = tmp_path / "first" / "recipe.yaml", tmp_path / "other.txt"
+    shutil.copy(text, other)
+    assert call(capsys, "apply", recipe, model, tmp_path / "second", "--data", other)[0] == 0
+    assert bytes_of(tmp_path / "first") == bytes_of(tmp_path / "second")
+    assert call(capsys, "apply", recipe, model, tmp_path / "third", "--set", "steps.1.bits=4")[0] == 0
+    assert bytes_of(tmp_path / "first") != bytes_of(tmp_path / "third")
+
+
+@pytest.mark.parametrize("name", recipes())
+def test_every_recipe_that_comes_with_acc_works(capsys, model, text, tmp_path, name):
+    out = tmp_path / "out"
+    words = [name, model, out, "--data", text, "--set", "calibration.nsamples=2", "--seqlen", "32", "--json"]
+    code, said, err = call(capsys, "apply", *words)
+    assert code == 0, err
+    made = json.loads(said)
+    assert made["packed"]["bytes"] < made["dense"]["bytes"]
+    if made["recipe"]["calibration"]["data"] is not None:
+        assert made["recipe"]["calibration"] == {"data": str(text), "nsamples": 2, "seqlen": 32, "seed": 0}
+    assert call(capsys, "verify", out)[0] == 0
+
+
+def test_recipes_are_listed_and_shown(capsys):
+    for words in (["apply"], ["show", "recipes"]):
+        code, out, _ = call(capsys, *words)
+        assert code == 0
+        assert all(name in out and line[:40] in out for name, line in recipes().items())
+        assert json.loads(call(capsys, *words, "--json")[1])["recipes"] == recipes()
+    code, out, _ = call(capsys, "show", "smallest")
+    assert code == 0
+    assert "group_size: 32" in out
+
+
+def test_a_recipe_without_a_text_takes_what_quantize_would(capsys, tmp_path):
+    """Of the demo its own; two sequences, as it takes a while to draw."""
+    words = ["3bit-24gb", "demo", tmp_path / "out", "--nsamples", "1", "--seqlen", "32", "--set", "refine=0", "--json"]
+    code, out, err = call(capsys, "apply", *words)
+    assert code == 0, err
+    assert json.loads(out)["recipe"]["calibration"]["data"] == "self"
+
+
+def test_bad_recipes_are_one_line(capsys, model, tmp_path):
+    mine, out = tmp_path / "mine.yaml", tmp_path / "out"
+    mine.write_text("steps:\n  - method: rtn\n    group_sise: 32\n")
+    assert "there is smallest" in one_line(capsys, 2, "apply", "smalest", model, out)
+    assert "no option 'group_sise'; there is group_size" in one_line(capsys, 2, "apply", mine, model, out)
+    assert "which model?" in one_line(capsys, 2, "apply", "rtn-4bit")
+    assert "no option 'bots'" in one_line(capsys, 2, "apply", "rtn-4bit", model, out, "--set", "steps.0.bots=3")
+    assert "float33" in one_line(capsys, 2, "apply", "rtn-4bit", model, out, "--dtype", "float33")
+    assert "matches no tensor" in one_line(capsys, 2, "apply", "rtn-4bit", model, out, "--set", "steps.0.ignore=[nix]")
+    assert not out.exists()
 
 
 def test_rotated_first(capsys, model, text, tmp_path):
@@ -379,6 +452,8 @@ def test_bench_refuses(capsys, model, packed):
 def test_what_is_printed_fits_80_columns(capsys, model, text, packed, tmp_path):
     commands = [
         ["inspect", model, "--targets", "*.down_proj"],
+        ["plan", model, "--fit", "1MB", "--group-size", "32"],
+        ["apply"],
         ["quantize", model, tmp_path / "o", "--data", text, "--nsamples", "2", "--seqlen", "32"],
         ["eval", packed, "--base", model, "--data", text, "--window", "32", "--windows", "2"],
         ["verify", packed],

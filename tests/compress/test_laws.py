@@ -108,3 +108,15 @@ def test_constant_weights_are_exact_up_to_the_scale_s_own_rounding(method):
 def test_bfloat16_weights_are_taken(method):
     x, weight = correlated(200, 64), weight_of((32, 64)).bfloat16()
     assert torch.equal(compress(method, weight, x)[0].dequantize(), compress(method, weight.float(), x)[0].dequantize())
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_bytes_are_known_before_any_data(method, shape):
+    """Exactly, up to what only the data decides, and that exactly too once it is told."""
+    packed, _ = compress(method, weight_of(shape), correlated(4 * shape[1], shape[1]))
+    scheme, counts = method.planned(shape)
+    made = sum(tensor.numel() * tensor.element_size() for tensor in packed.tensors().values())
+    assert scheme == packed.scheme
+    assert counts.keys() == packed.counts().keys()
+    assert packed.nbytes(shape, scheme, **packed.counts()) == made
+    assert method.planned_bytes(shape) == packed.nbytes(shape, scheme, **counts)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from acc.calibrate.hessian import Hessian
 from acc.compress import descent
-from acc.compress.spqr import Matrices, Prepared, SpQR, leave_one_out, solve, sweep
+from acc.compress.spqr import Matrices, Prepared, SpQR, leave_one_out, outlier_share, solve, sweep
 
 
 def silent(*_, **__):
@@ -456,3 +456,20 @@ def test_a_zero_row_among_others_stays_zero():
 def test_impossible_settings_are_refused(settings):
     with pytest.raises(ValueError, match=next(iter(settings))):
         SpQR(**settings)
+
+
+@pytest.mark.parametrize(
+    ("bits", "threshold", "measured"),
+    [(2, 0.2, 0.0907), (2, 0.5, 0.0278), (3, 0.2, 0.0113), (3, 0.5, 0.00155), (3, 1.0, 0.00084), (4, 0.2, 0.00057)],
+)
+def test_share_of_outliers_is_about_what_was_measured(bits, threshold, measured):
+    """Figures of tests/bench/results; a tenth off where there are many, else 0.012 bits per weight at most."""
+    assert abs(outlier_share(bits, threshold) - measured) <= max(0.1 * measured, 0.0005)
+
+
+def test_share_of_outliers_grows_as_the_threshold_falls():
+    shares = [outlier_share(3, threshold) for threshold in (None, 1e6, 10.0, 1.0, 0.5, 0.1, 1e-3, 0.0)]
+    assert shares == sorted(shares)
+    assert shares[0] == 0
+    assert shares[-1] == 1
+    assert outlier_share(2, 0.5) > outlier_share(3, 0.5) > outlier_share(8, 0.5)

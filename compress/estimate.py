@@ -1,0 +1,219 @@
+"""What a run would take: memory and time, from shapes and a two-second measurement of this machine. Estimates."""
+
+from __future__ import annotations
+
+import math
+import re
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from ..calibrate.stream import Stream
+from ..formats.model import Matrix
+from ..registry import lookup
+from .apply import STATISTICS_BYTES, TOGETHER
+from .base import Method
+from .recipe import Recipe, Step
+
+# Memory. Measured with one thread: `acc inspect demo` takes 0.45 GiB; the rest is fitted to tests/bench/results/
+# memory.json and smollm2-135m.json, which it meets within 30%; a small model's learned rounding may take twice as much.
+PROCESS = 0.45 * 2**30  # bytes of Python with torch and transformers
+HEAP = 1.15  # what the C library's heap keeps beside what is used
+ACTIVATIONS = 20, 8  # values that a token's forward holds at once, in widths of the stream and of a block's MLP
+BACKWARD = 3.5  # as much again as a forward, to keep what a backward needs
+SCRATCH = 24  # bytes for each weight that is being solved
+REFINE = 10  # bytes for each weight of a block while its rounding is learned
+# Time. The share of a large product's speed that blocks and statistics reach, and how much longer a weight takes in a
+# run than in the measurement. With them the phases of smollm2-135m.json come out within a third.
+EFFICIENCY = 0.9
+SOLVING = 1.5
+START = 6.0  # seconds until the first block
+REFINE_TOKENS = 2048  # of one step
+_LEAVES = re.compile(r"o_|out_|down_|c_proj|dense|fc2|w2")
+
+
+@dataclass(frozen=True)
+class Speed:
+    """This machine, as measured now: whatever else it is doing counts."""
+
+    products: float  # operations per second of a product in the type that blocks are run in
+    statistics: float  # the same in fp32
+    copy: float  # bytes per second, read and written
+    solving: dict[str, float]  # method -> seconds for each weight on one core, products apart
+    threads: int
+
+
+@dataclass(frozen=True)
+class Work:
+    """What has to be done: in operations of products, and in weights."""
+
+    forward: float
+    statistics: float
+    solve: float
+    refine: float
+    weights: dict[str, int]  # method -> weights to be solved
+    moved: float  # bytes read and written
+
+
+class Shapes:
+    """A model's blocks as far as cost depends on them."""
+
+    def __init__(self, recipe: Recipe, stream: Stream, chosen: Mapping[str, Step]):
+        skeleton = stream.skeleton
+        config = skeleton.model.config.get_text_config(decoder=True)
+        self.recipe, self.chosen, self.stream = recipe, chosen, stream
+        self.hidden: int = config.hidden_size
+        self.heads: int = config.num_attention_heads
+        width = getattr(config, "head_dim", None)
+        self.attention: int = self.heads * width if width else self.hidden
+        self.eager = skeleton.model.config._attn_implementation == "eager"
+        experts = [getattr(config, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts")]
+        number = next((n for n in experts if n), None)
+        self.share = (getattr(config, "num_experts_per_tok", None) or 1) / number if number else 1.0  # of an expert
+        self.blocks = [skeleton.matrices(index) for index in range(len(skeleton.layers))]
+        self.weights = [sum(math.prod(skeleton.shapes[n]) for n in names) for names in skeleton.block_names]
+        self.outer = sum(math.prod(skeleton.shapes[name]) for name in skeleton.outer_names)
+
+    def wanted(self, block: list[Matrix]) -> list[Matrix]:
+        return [matrix for matrix in block if matrix.tensor in self.chosen]
+
+    def inputs(self, block: list[Matrix]) -> dict[object, tuple[int, float]]:
+        """`{input: (features, share of the tokens that it sees)}` of what needs statistics. That linears of one module
+        share their input, but for the one that leaves it, is a guess: only running tells."""
+        found: dict[object, tuple[int, float]] = {}
+        for matrix in self.wanted(block):
+            if self.chosen[matrix.tensor].settings.needs:
+                linear = matrix.role == "linear"
+                key: object = (matrix.module, matrix.expert, matrix.role)
+                if linear:
+                    parent, _, leaf = matrix.module.rpartition(".")
+                    key = parent, matrix.shape[1], bool(_LEAVES.match(leaf))
+                found[key] = matrix.shape[1], 1.0 if linear else self.share
+        return found
+
+    def active(self, index: int) -> float:
+        """Weights that a token is multiplied by."""
+        idle = sum(math.prod(m.shape) for m in self.blocks[index] if m.role != "linear") * (1 - self.share)
+        return self.weights[index] - idle
+
+    def fused(self, index: int) -> int:
+        """Weights of the largest parameter that is put together from several tensors."""
+        targets, shapes = self.stream.skeleton.targets, self.stream.skeleton.shapes
+        together: Counter[str] = Counter()
+        for name in self.stream.skeleton.block_names[index]:
+            if targets[name].pattern is not None:
+                together[targets[name].parameter] += math.prod(shapes[name])
+        return max(together.values(), default=0)
+
+
+def memory(shapes: Shapes, after: Mapping[str, int], tokens: int, batch: int) -> dict[str, float]:
+    """Bytes that a run would have at its greatest moments, by moment; `tokens` of calibration in all, `batch` at once,
+    `after` as `sizes` gives them. Hidden states are in memory."""
+    recipe, stream, seqlen = shapes.recipe, shapes.stream, shapes.recipe.calibration.seqlen
+    size, refine = stream.dtype.itemsize, recipe.refine > 0
+    once = min(max(min(batch, REFINE_TOKENS) if refine else batch, seqlen), tokens)
+    carried = (2 if refine else 1) * tokens * shapes.hidden * size
+    found = {"observe": 0.0, "solve": 0.0, "refine": 0.0, "check": 4.0 * shapes.outer}
+    for index, block in enumerate(shapes.blocks):
+        wanted, weights = shapes.wanted(block), shapes.weights[index]
+        largest = max((math.prod(m.shape) for m in wanted), default=0)
+        squares = [4.0 * features**2 for features, _ in shapes.inputs(block).values()]
+        kept = min(sum(squares), max(STATISTICS_BYTES, size * weights, max(squares, default=0)))
+        inner = [m for m in wanted if m.shape[1] != shapes.hidden]
+        wide = sum(m.shape[1] * (1.0 if m.expert is None else shapes.share) for m in inner)
+        act = once * 4 * (ACTIVATIONS[0] * shapes.hidden + ACTIVATIONS[1] * wide)
+        act += once * 12 * shapes.heads * seqlen if shapes.eager else 0
+        packed = sum(after[name] for name in {m.tensor for m in wanted})
+        fused = shapes.fused(index)
+        if tokens:
+            found["observe"] = max(found["observe"], carried + size * weights + max(size * fused, kept + act))
+        together = max(largest, min(TOGETHER, sum(math.prod(m.shape) for m in wanted)))
+        square = max(squares, default=0.0)  # factorised in five copies; two stay while matrices are solved
+        solving = max(5 * square, 2 * square * together / max(largest, 1) + SCRATCH * together)
+        solving += carried + kept + packed + (size * weights if refine else 0)
+        found["solve"] = max(found["solve"], solving)
+        if refine:
+            found["refine"] = max(found["refine"], carried + (size + REFINE) * weights + BACKWARD * act + packed)
+        found["check"] = max(found["check"], 4.0 * (weights + max(fused, 2 * largest)))
+    return {moment: PROCESS + HEAP * nbytes for moment, nbytes in found.items() if nbytes}
+
+
+def work(shapes: Shapes, before: int, after: int, tokens: int) -> Work:
+    """`before` and `after` are the model's bytes; `tokens` of calibration in all."""
+    recipe, seqlen = shapes.recipe, shapes.recipe.calibration.seqlen
+    needs = any(step.settings.needs for step in shapes.chosen.values())
+    passes = (2 if needs or recipe.refine else 0) - 1 / len(shapes.blocks)
+    forward = statistics = solve = refine = 0.0
+    weights: Counter[str] = Counter()
+    for index, block in enumerate(shapes.blocks):
+        each = (
+            2 * shapes.active(index) + 2 * seqlen * shapes.attention
+        )  # operations for a token; half a square of scores
+        forward += max(passes, 0) * tokens * each
+        steps = recipe.refine * min(REFINE_TOKENS, tokens) if tokens else 0
+        refine += 3.2 * steps * each  # a backward takes two forwards; before and after, a few batches are measured
+        for features, share in shapes.inputs(block).values():
+            statistics += share * tokens * features**2
+            solve += features**3
+        for matrix in shapes.wanted(block):
+            step, (rows, columns) = shapes.chosen[matrix.tensor], matrix.shape
+            weights[step.method] += rows * columns
+            solve += 3 * rows * columns**2 if step.settings.needs else 0  # errors passed on, and measured
+    return Work(forward, statistics, solve, refine, dict(weights), 3.0 * before + 2.0 * after)
+
+
+def measure(recipe: Recipe, dtype: torch.dtype, seconds: float = 2.0) -> Speed:
+    """Takes about `seconds`; the quickest try counts, as other work on the machine only makes it slower."""
+    share, threads = seconds / (3 + len(recipe.steps)), torch.get_num_threads()
+    products, statistics = (_product(kind, share) for kind in (dtype, torch.float32))
+    source, target = torch.ones(1 << 24), torch.empty(1 << 24)
+    copied = _quickest(lambda: target.copy_(source), share)
+    torch.set_num_threads(1)
+    try:
+        solving = {step.method: _solving(step.settings, share) for step in recipe.steps}
+    finally:
+        torch.set_num_threads(threads)
+    return Speed(products, statistics, 2.0 * 4 * len(source) / copied, solving, threads)
+
+
+def duration(todo: Work, speed: Speed) -> dict[str, float]:
+    """Seconds by phase."""
+    found = {
+        "forward": todo.forward / (EFFICIENCY * speed.products),
+        "statistics": todo.statistics / (EFFICIENCY * speed.statistics),
+        "solve": todo.solve / (EFFICIENCY * speed.statistics)
+        + sum(SOLVING * number * speed.solving[name] for name, number in todo.weights.items()) / speed.threads,
+        "refine": todo.refine / (EFFICIENCY * speed.products),
+        "other": START + todo.moved / (speed.copy / 8),  # a disk, checksums
+    }
+    return {phase: seconds for phase, seconds in found.items() if seconds}
+
+
+def _product(dtype: torch.dtype, seconds: float) -> float:
+    """Operations per second of a product of matrices as large as those of a block."""
+    x, weight = torch.ones(1024, 1024, dtype=dtype), torch.ones(1024, 1024, dtype=dtype)
+    return 2 * 1024**3 / _quickest(lambda: torch.nn.functional.linear(x, weight), seconds)
+
+
+def _solving(method: Method, seconds: float) -> float:
+    """Seconds for each weight of a small matrix, whose products cost nothing."""
+    weight = 0.02 * torch.randn(2048, 128, generator=torch.Generator().manual_seed(0))
+    statistics = {name: lookup("calibrate", name)(weight.shape[1]) for name in method.needs}
+    event = lambda kind, **figures: None  # noqa: E731
+    prepared = method.prepare(statistics, event)
+    return _quickest(lambda: method.compress(weight, prepared, event), seconds) / weight.numel()
+
+
+def _quickest(run: Callable[[], object], seconds: float) -> float:
+    """Seconds of the quickest of as many tries as fit, after one that warms up."""
+    run()
+    best, end = math.inf, time.perf_counter() + seconds
+    while True:
+        started = time.perf_counter()
+        run()
+        best = min(best, time.perf_counter() - started)
+        if time.perf_counter() >= end:
+            return best
