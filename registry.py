@@ -33,10 +33,10 @@ def listing(folder: str, base: str | None = None) -> dict[str, str]:
 
 @cache
 def lookup(folder: str, name: str) -> Any:
-    """The one public class of `folder/name.py`.
+    """The one public class of `folder/name.py`; `-` in a name stands for `_`, as in every option.
 
     Raises ValueError with the nearest names when there is no such entry."""
-    entries = listing(folder)
+    entries, name = listing(folder), name.replace("-", "_")
     if name not in entries:
         near = difflib.get_close_matches(name, entries, n=3) or sorted(entries)
         raise ValueError(f"{folder}: there is no {name!r}; there is {', '.join(near)}")

@@ -69,8 +69,9 @@ def _describe(screen: Any, folder: str, name: str) -> dict[str, Any]:
     if not issubclass(cls, Method):
         screen.line("\nGoes before a method, and leaves what the model computes as it is")
         return {"text": text, "fields": fields}
-    screen.line(f"\nNeeds {', '.join(cls.needs) or 'no statistics'}; writes format {cls.format}")
-    return {"text": text, "fields": fields, "needs": cls.needs, "format": cls.format}
+    needs = cls().needs  # with its defaults; a method's settings may take some away
+    screen.line(f"\nNeeds {', '.join(needs) or 'no statistics'}; writes format {cls.format}")
+    return {"text": text, "fields": fields, "needs": needs, "format": cls.format}
 
 
 def _bounds(schema: dict[str, Any]) -> str:

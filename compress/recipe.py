@@ -44,7 +44,8 @@ class Step(BaseModel):
         if "method" not in own:
             raise ValueError("a step needs a `method`")
         rest = {k: v for k, v in data.items() if k not in own}
-        return own | {"settings": configure(own["method"], rest)}
+        settings = configure(own["method"], rest)
+        return own | {"method": type(settings).__module__.rpartition(".")[2], "settings": settings}
 
     def flat(self) -> dict[str, Any]:
         return {
