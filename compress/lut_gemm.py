@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar, Literal, NamedTuple
@@ -45,8 +46,8 @@ class LutGemm(Method):
     group_size: Literal[-1, 8, 16, 32, 64, 128] = Field(128, description="inputs that share scales; -1: a whole row")
     scale_bits: Literal[8, 16] = Field(8, description="bits per scale and offset; 8: with 16-bit scales per row")
     activation_aware: bool = Field(True, description="fit to the layer's output; false: to the weights alone, no data")
-    rounds: int = Field(15, ge=0, description="rounds of alternating least squares per group")
-    starts: int = Field(3, ge=1, le=3, description="of greedy signs, an even grid and quantiles, the best one is kept")
+    rounds: int = Field(10, ge=0, description="rounds of alternating least squares per group")
+    starts: int = Field(4, ge=1, le=4, description="a clipped grid, quantiles, signs, a full grid: the best is kept")
     damp_percent: float = Field(0.1, ge=0, description="multiple of its mean added to the Hessian's diagonal")
     sweeps: int = Field(2, ge=0, description="passes after the first, scales and then signs of each group set anew")
     order: Literal["group_order", "identity"] = Field(
@@ -62,17 +63,12 @@ class LutGemm(Method):
             return None
         hessian = normalised(statistics["hessian"], event)
         diagonal = hessian.diagonal().clone()
-        groups = list(spans(len(diagonal), self.group_size))
-        if self.order == "group_order":
-            groups.sort(key=lambda span: -float(diagonal[span].mean()))
-            runs = [diagonal[span].argsort(descending=True, stable=True) + span.start for span in groups]
-            perm = torch.cat(runs)
-        else:
-            perm = torch.arange(len(diagonal), device=diagonal.device)
-        hessian = hessian[perm][:, perm]
+        order, perm = strongest_first(diagonal, self.group_size) if self.order == "group_order" else (None, None)
+        if perm is not None:
+            hessian = hessian[perm][:, perm]
         factor = inverse_factor(hessian, self.damp_percent, event)
         hessian.diagonal().add_(self.damp_percent * diagonal[diagonal > 0].mean())
-        return Prepared(perm, groups, factor, hessian)
+        return Prepared(order, perm, factor, hessian)
 
     def compress(self, weight: Tensor, prepared: Prepared | None, event: Event) -> BcqWeight:
         return self.compress_all([weight], [prepared], [event])[0]
@@ -82,46 +78,49 @@ class LutGemm(Method):
     ) -> list[BcqWeight]:
         dtypes = [scale_dtype(weight, event) for weight, event in zip(weights, events)]
         packed: dict[int, BcqWeight] = {}
-        for members in side_by_side(prepared, dtypes):
-            rows = torch.cat([weights[m].float() for m in members])
-            known = prepared[members[0]]
-            if known is None:
-                codes, groups, store = self.fit_weights(rows, dtypes[members[0]])
-            else:
-                codes, groups, store = self.fit_outputs(rows, known, dtypes[members[0]])
+        for dtype in dict.fromkeys(dtypes):
+            members = [m for m in range(len(weights)) if dtypes[m] == dtype]
+            rows = [weights[m].float() for m in members]
+            known = [one for m in members if (one := prepared[m]) is not None]
+            codes, groups, store = self.fit_outputs(rows, known, dtype) if known else self.fit_weights(rows, dtype)
             codes, groups = in_order(codes, groups, self.bits, self.group_size)
-            cuts = [len(weights[m]) for m in members]
-            scales = store.encode(groups)
-            for m, part, *stored in zip(members, codes.split(cuts), *(each.split(cuts, -1) for each in scales)):
-                packed[m] = self.encode(part, stored, dtypes[m])
+            cuts = [len(each) for each in rows]
+            parts = zip(codes.split(cuts), *(stored.split(cuts, -1) for stored in store.encode(groups)))
+            for m, (own, *scales) in zip(members, parts):
+                packed[m] = self.encode(own, scales, dtype)
         return [packed[m] for m in range(len(weights))]
 
-    def fit_weights(self, rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Store]:
-        """`W [O, I]` -> codes `[O, I]` and scales `[G, O, bits + 1]` of least squared error in the weights."""
-        groups = torch.stack([fit(rows[:, span], None, self) for span in spans(rows.shape[1], self.group_size)])
+    def fit_weights(self, weights: list[Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor, Store]:
+        """`W [O, I]`, one above the other -> codes `[O, I]` and scales `[G, O, bits + 1]` of least squared error."""
+        columns = torch.cat(weights).T.contiguous()
+        places = list(spans(len(columns), self.group_size))
+        groups = torch.stack([fit(columns[place], None, self) for place in places])
         store = Store.of(groups, self.scale_bits, dtype)
-        codes = torch.empty_like(rows, dtype=torch.uint8)
-        for g, span in enumerate(spans(rows.shape[1], self.group_size)):
-            groups[g] = store.round(groups[g])
-            codes[:, span] = Codebook.of(groups[g]).nearest(rows[:, span].T)[0].T
-        return codes, groups, store
+        groups = store.round(groups)
+        codes = [Codebook.of(scales).nearest(columns[place])[0].byte() for scales, place in zip(groups, places)]
+        return torch.cat(codes).T, groups, store
 
-    def fit_outputs(self, rows: Tensor, known: Prepared, dtype: torch.dtype) -> tuple[Tensor, Tensor, Store]:
+    def fit_outputs(
+        self, weights: list[Tensor], known: list[Prepared], dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor, Store]:
         """The same of least error in the outputs."""
-        columns = rows.T[known.perm]  # [I, O]
-        exact = columns.clone() if self.sweeps else columns
-        codes, groups = solve(columns, known, self, Store(dtype))
+        matrices = Matrices(known, [len(weight) for weight in weights])
+        columns = torch.cat([one.arranged(weight.T) for one, weight in zip(known, weights)], 1)  # [I, O]
+        exact = columns.clone()
+        codes, groups = solve(columns, matrices, self, Store(dtype))
+        places = list(spans(len(columns), self.group_size))
         store = Store.of(groups, self.scale_bits, dtype)
         if store.stat is not None:  # the sweeps make up for what the rounding to 8 bits loses
             groups = store.round(groups)
-            for g, span in enumerate(known.places()):
-                columns[span] = value_of(codes[span], groups[g])
+            for scales, place in zip(groups, places):
+                columns[place] = value_of(codes[place], scales)
         for _ in range(self.sweeps):
-            sweep(columns, exact, codes, groups, known, store)
-        original = torch.empty_like(codes)
-        original[known.perm] = codes
-        order = sorted(range(len(known.groups)), key=lambda g: known.groups[g].start)
-        return original.T, groups[order], store
+            sweep(columns, exact, codes, groups, matrices, store, places)
+        for one, rows in matrices:
+            if one.perm is not None:
+                codes[:, rows] = torch.empty_like(codes[:, rows]).index_copy_(0, one.perm, codes[:, rows])
+                groups[:, rows] = torch.empty_like(groups[:, rows]).index_copy_(0, one.order, groups[:, rows])
+        return codes.T, groups, store
 
     def encode(self, codes: Tensor, stored: list[Tensor], dtype: torch.dtype) -> BcqWeight:
         scheme = {
@@ -136,19 +135,34 @@ class LutGemm(Method):
 
 @dataclass(frozen=True)
 class Prepared:
-    """What matrices with the same input share; columns in the order in which they are solved."""
+    """What matrices with the same input share; groups and inputs in the order in which they are solved."""
 
-    perm: Tensor  # int64 [I]: column -> input
-    groups: list[slice]  # the inputs of each group, in that order
+    order: Tensor | None  # int64 [G]: which group of the weight each is; None: as they are
+    perm: Tensor | None  # int64 [I]: which input each column is
     factor: Tensor  # U [I, I], upper triangular, Uᵀ U = inverse of the damped Hessian
     hessian: Tensor  # [I, I], damped
 
-    def places(self) -> Iterator[slice]:
-        """The columns of each group."""
-        last = 0
-        for span in self.groups:
-            first, last = last, last + span.stop - span.start
-            yield slice(first, last)
+    def arranged(self, columns: Tensor) -> Tensor:
+        return columns if self.perm is None else columns[self.perm]
+
+
+class Matrices:
+    """Matrices `Wᵀ [I, O]` that lie side by side: what input each has, and which rows."""
+
+    def __init__(self, inputs: list[Prepared], rows: list[int]):
+        ends = itertools.accumulate(rows)
+        self.parts = [(one, slice(end - n, end)) for one, n, end in zip(inputs, rows, ends)]
+        counts = torch.tensor(rows, device=inputs[0].factor.device)
+        self._of_row = torch.arange(len(rows), device=counts.device).repeat_interleave(counts)
+
+    def __iter__(self) -> Iterator[tuple[Prepared, slice]]:
+        return iter(self.parts)
+
+    def spread(self, values: list[Tensor]) -> Tensor:
+        """A tensor `[...]` for each matrix -> `[..., O]`, for each of its rows; `[..., 1]` where all have the same."""
+        if all(value is values[0] for value in values) or len(values) == 1:
+            return values[0][..., None]
+        return torch.stack(values, -1).index_select(-1, self._of_row)
 
 
 def spans(columns: int, group_size: int) -> Iterator[slice]:
@@ -156,12 +170,16 @@ def spans(columns: int, group_size: int) -> Iterator[slice]:
     return (slice(first, min(first + size, columns)) for first in range(0, columns, size))
 
 
-def side_by_side(prepared: list[Prepared | None], dtypes: list[torch.dtype]) -> list[list[int]]:
-    """Which matrices are solved as one: those that share their input and the type of their scales."""
-    batches: dict[tuple[int, torch.dtype], list[int]] = {}
-    for m, (known, dtype) in enumerate(zip(prepared, dtypes)):
-        batches.setdefault((id(known), dtype), []).append(m)
-    return list(batches.values())
+def strongest_first(diagonal: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
+    """The order of groups, and of inputs `[I]`, by falling strength `[I]`; inputs stay within their groups, and a short
+    last group stays the last. So no kernel need know of it."""
+    places = list(spans(len(diagonal), group_size))
+    size = places[0].stop
+    means = torch.stack([diagonal[place].mean() for place in places])
+    means[-1] = means[-1] if len(diagonal) % size == 0 else -1
+    order = means.argsort(descending=True, stable=True)
+    runs = [diagonal[place].argsort(descending=True, stable=True) + place.start for place in places]
+    return order, torch.cat([runs[g] for g in order.tolist()])
 
 
 def scale_dtype(weight: Tensor, event: Event) -> torch.dtype:
@@ -188,6 +206,9 @@ class Store:
         largest = groups.abs().amax(0)  # [O, bits + 1]
         stat = torch.stack([largest[:, :-1].amax(-1) / 255, largest[:, -1] / 127])
         return cls(dtype, stat.to(dtype))
+
+    def of_rows(self, rows: slice) -> Store:
+        return self if self.stat is None else Store(self.dtype, self.stat[:, rows])
 
     def codes(self, groups: Tensor) -> Tensor:
         """The 8-bit codes as real numbers; the sign of a scale is kept, which its signs take up later."""
@@ -252,33 +273,32 @@ class Codebook(NamedTuple):
 
 
 def fit(weights: Tensor, importance: Tensor | None, settings: LutGemm) -> Tensor:
-    """`weights [O, g]`, importance `[g]` -> scales and offset `[O, bits + 1]` of least `Σ importance · error²`."""
-    rows = max(1, BUDGET // (weights.shape[1] * 4 + (1 << settings.bits) * 4))
-    importance = weights.new_ones(weights.shape[1]) if importance is None else importance / importance.mean()
-    parts = [fit_rows(part.T.contiguous(), importance[:, None], settings) for part in weights.split(rows)]
-    return torch.cat(parts)
+    """`weights [g, O]`, importance `[g, O]` or `[g, 1]` -> scales and offset `[O, bits + 1]` of least
+    `Σ importance · error²`."""
+    importance = torch.ones_like(weights[:, :1]) if importance is None else importance / importance.mean(0)
+    rows = max(1, BUDGET // (4 * (len(weights) + (1 << settings.bits))))
+    cuts = [part.contiguous() for part in importance.split(rows, 1)] if importance.shape[1] > 1 else None
+    parts = weights.split(rows, 1)
+    return torch.cat([fit_rows(p, importance if cuts is None else cuts[i], settings) for i, p in enumerate(parts)])
 
 
 def fit_rows(weights: Tensor, importance: Tensor, settings: LutGemm) -> Tensor:
-    """The same for `weights [g, O]`, importance `[g, 1]`: from every start, the best of what they lead to.
+    """The same for as many rows as are taken at once: from every start, the best of what they lead to.
 
     Rows are centred and scaled first, so that no tolerance is absolute; rows of equal weights are all offset.
     """
-    middle = (weights * importance).sum(0) / importance.sum()
-    size = ((weights - middle).square() * importance).sum(0).div(importance.sum()).sqrt()
+    middle = (weights * importance).sum(0) / importance.sum(0)
+    size = ((weights - middle).square() * importance).sum(0).div(importance.sum(0)).sqrt()
     flat = weights.amax(0) == weights.amin(0)
     middle, size = torch.where(flat, weights[0], middle), torch.where(flat, 0.0, size)
     unit = (weights - middle) / torch.where(size > 0, size, 1.0)
-    best, least = None, None
-    for start in (greedy, even, quantiles)[: settings.starts]:
+    best = torch.zeros(weights.shape[1], settings.bits + 1, device=weights.device)
+    least = torch.full_like(middle, torch.inf)
+    for start in STARTS[: settings.starts]:
         scales, error = alternate(unit, importance, start(unit, importance, settings.bits), settings.rounds)
-        if best is None or least is None:
-            best, least = scales, error
-        else:
-            best = torch.where((error < least)[:, None], scales, best)
-            least = torch.minimum(error, least)
-    assert best is not None
-    best = best * size[:, None]
+        best = torch.where((error < least)[:, None], scales, best)
+        least = torch.minimum(error, least)
+    best *= size[:, None]
     best[:, -1] += middle
     return best
 
@@ -287,7 +307,7 @@ def greedy(weights: Tensor, importance: Tensor, bits: int) -> Tensor:
     """Plane after plane the signs of what is left, with the scale that suits them (A.2 of the paper)."""
     left, scales = weights.clone(), []
     for _ in range(bits):
-        scale = (left.abs() * importance).sum(0) / importance.sum()
+        scale = (left.abs() * importance).sum(0) / importance.sum(0)
         left -= torch.where(left >= 0, scale, -scale)
         scales.append(scale)
     return torch.stack([*scales, torch.zeros_like(scales[0])], 1)
@@ -300,6 +320,11 @@ def even(weights: Tensor, importance: Tensor, bits: int) -> Tensor:
     return torch.stack([*(step * 2.0 ** (bits - 2 - b) for b in range(bits)), (high + low) / 2], 1)
 
 
+def clipped(weights: Tensor, importance: Tensor, bits: int) -> Tensor:
+    """An even grid over the middle 0.7 of their range, nearer to where most weights are."""
+    return 0.7 * even(weights, importance, bits)
+
+
 def quantiles(weights: Tensor, importance: Tensor, bits: int) -> Tensor:
     """Free values that equally many weights are nearest to, and the planes closest to those."""
     ranks = weights.argsort(0).argsort(0)
@@ -307,6 +332,9 @@ def quantiles(weights: Tensor, importance: Tensor, bits: int) -> Tensor:
     codes = sum(((codes >> b & 1) << (bits - 1 - b) for b in range(bits)), torch.zeros_like(codes))
     start = torch.zeros(weights.shape[1], bits + 1, device=weights.device)
     return least_squares(weights, importance, codes, start)
+
+
+STARTS = (clipped, quantiles, greedy, even)
 
 
 def alternate(weights: Tensor, importance: Tensor, scales: Tensor, rounds: int) -> tuple[Tensor, Tensor]:
@@ -355,65 +383,86 @@ def solve_small(matrix: Tensor, right: Tensor) -> Tensor:
     return work[:, n].T.to(right.dtype)
 
 
-def solve(columns: Tensor, known: Prepared, settings: LutGemm, store: Store) -> tuple[Tensor, Tensor]:
+def solve(columns: Tensor, matrices: Matrices, settings: LutGemm, store: Store) -> tuple[Tensor, Tensor]:
     """The column loop over `columns [I, O]`, which is overwritten with the values of the codes.
 
     Returns codes uint8 `[I, O]` and scales `[G, O, bits + 1]`. A group's values are fitted when it begins, by what its
     errors would cost after all that later columns can make up for: the inverse square of the factor's diagonal.
     """
-    factor, importance = known.factor, 1 / known.factor.diagonal()
     codes, errors = torch.empty_like(columns, dtype=torch.uint8), torch.empty_like(columns)
-    groups = columns.new_empty(len(known.groups), columns.shape[1], settings.bits + 1)
+    groups = []
+    behind = 0  # the first column whose error has not reached all columns after it
 
     def pass_on(first: int, last: int, to: slice) -> None:
-        columns[to].addmm_(factor[first:last, to].T, errors[first:last], alpha=-1)
+        for one, rows in matrices:
+            columns[to, rows].addmm_(one.factor[first:last, to].T, errors[first:last, rows], alpha=-1)
 
-    behind = 0  # the first column whose error has not reached all columns after it
-    for g, span in enumerate(known.places()):
-        if span.start - behind >= BLOCK:
-            pass_on(behind, span.start, slice(span.start, None))
-            behind = span.start
-        pass_on(behind, span.start, span)
-        groups[g] = store.round(fit(columns[span].T, importance[span].square(), settings))
-        book = Codebook.of(groups[g])
-        for first, last in blocks(span):
-            for j in range(first, last):
+    importance = matrices.spread([1 / one.factor.diagonal() for one, _ in matrices])
+    for place in spans(len(columns), settings.group_size):
+        if place.start - behind >= BLOCK:
+            pass_on(behind, place.start, slice(place.start, None))
+            behind = place.start
+        pass_on(behind, place.start, place)
+        groups.append(store.round(fit(columns[place], importance[place].square(), settings)))
+        book = Codebook.of(groups[-1])
+        for first, last in blocks(place):
+            within = [one.factor[first:last, first:last] for one, _ in matrices]
+            for i, j in enumerate(range(first, last)):
                 code, value = book.nearest(columns[j : j + 1])
-                codes[j], errors[j] = code[0], (columns[j] - value[0]) * importance[j]
+                codes[j] = code[0]
+                torch.mul(columns[j] - value[0], importance[j], out=errors[j])
                 columns[j] = value[0]
-                columns[j + 1 : last].addr_(factor[j, j + 1 : last], errors[j], alpha=-1)
-            if last < span.stop:
+                columns[j + 1 : last].addcmul_(matrices.spread([u[i, i + 1 :] for u in within]), errors[j], value=-1)
+            if last < place.stop:
                 pass_on(first, last, slice(last, None))
                 behind = last
-    return codes, groups
+    return codes, torch.stack(groups)
 
 
-def blocks(span: slice) -> Iterator[tuple[int, int]]:
-    return ((first, min(first + BLOCK, span.stop)) for first in range(span.start, span.stop, BLOCK))
+def blocks(place: slice) -> Iterator[tuple[int, int]]:
+    return ((first, min(first + BLOCK, place.stop)) for first in range(place.start, place.stop, BLOCK))
 
 
-def sweep(columns: Tensor, exact: Tensor, codes: Tensor, groups: Tensor, known: Prepared, store: Store) -> None:
+def sweep(
+    columns: Tensor,
+    exact: Tensor,
+    codes: Tensor,
+    groups: Tensor,
+    matrices: Matrices,
+    store: Store,
+    places: list[slice],
+) -> None:
     """Group after group, the scales and then every code are set to the least of `tr(Δ H Δᵀ)` while all else stands.
 
     Neither raises it. `exact` are the weights to come close to; the other tensors are changed in place.
     """
     error = columns - exact
-    for g, span in enumerate(known.places()):
-        slope = known.hessian[span] @ error  # half the gradient
-        moved = refit(columns[span], codes[span], slope, known.hessian[span, span], groups[g], store)
-        columns[span] += moved
-        error[span] += moved
-        book = Codebook.of(groups[g])
-        for first, last in blocks(span):
-            hessian = known.hessian[first:last, first:last]
-            slope = known.hessian[first:last] @ error
+
+    def slopes(place: slice) -> Tensor:
+        """Half the gradient, `[g, O]`."""
+        return torch.cat([one.hessian[place] @ error[:, rows] for one, rows in matrices], 1)
+
+    for scales, place in zip(groups, places):
+        slope = slopes(place)
+        for one, rows in matrices:
+            part = place, rows
+            moved = refit(
+                columns[part], codes[part], slope[:, rows], one.hessian[place, place], scales[rows], store.of_rows(rows)
+            )
+            columns[part] += moved
+            error[part] += moved
+        book = Codebook.of(scales)
+        for first, last in blocks(place):
+            slope = slopes(slice(first, last))
+            within = [one.hessian[first:last, first:last] for one, _ in matrices]
+            strength = matrices.spread([h.diagonal().clamp(min=TINY) for h in within])
             for i, j in enumerate(range(first, last)):
-                code, value = book.nearest((columns[j] - slope[i] / hessian[i, i].clamp(min=TINY))[None])
+                code, value = book.nearest((columns[j] - slope[i] / strength[i])[None])
                 step = value[0] - columns[j]
                 codes[j] = code[0]
-                columns[j] += step
-                slope[i + 1 :].addr_(hessian[i, i + 1 :], step)
-            error[first:last] = columns[first:last] - exact[first:last]
+                columns[j] = value[0]
+                slope[i + 1 :].addcmul_(matrices.spread([h[i, i + 1 :] for h in within]), step)
+            torch.sub(columns[first:last], exact[first:last], out=error[first:last])
 
 
 def refit(values: Tensor, codes: Tensor, slope: Tensor, hessian: Tensor, scales: Tensor, store: Store) -> Tensor:
