@@ -37,7 +37,8 @@ class LutGemm(Method):
     chosen, and a group of equal weights is exact. Planes come by falling scale, so that the first are a model of fewer
     bits.
 
-    Limits: the values are symmetric around the offset; a scale per plane makes small groups dear.
+    Limits: the values are symmetric around the offset; a scale per plane makes small groups dear; 8-bit scales are too
+    coarse for more than about six planes.
     """
 
     format: ClassVar[str] = "bcq"
