@@ -39,6 +39,7 @@ class BcqWeight(PackedWeight):
     stat: Tensor | None  # codes: [2, O]
 
     name: ClassVar[str] = "bcq"
+    planes: ClassVar[bool] = True
     suffixes: ClassVar[dict[str, str]] = {"codes": "", "scale": "_scale", "offset": "_offset", "stat": "_stat"}
 
     @classmethod
@@ -125,10 +126,9 @@ class BcqWeight(PackedWeight):
         return replace(self, codes=pack_planes(_reversed(codes, self.scheme["bits"]), self.scheme["bits"]))
 
     def first_planes(self, planes: int) -> BcqWeight:
-        """The weight that the first `planes` planes are alone. Raises ValueError where there are fewer."""
         bits = self.scheme["bits"]
-        if not 1 <= planes <= bits:
-            raise ValueError(f"bcq: {planes} planes are wanted, there are {bits}")
+        if planes >= bits:
+            return self
         scheme = self.scheme | {"bits": planes}
         codes = self.codes[:, :planes].contiguous()
         if self.scheme["scales"] == "even":  # the offset stays where it is, in wider steps

@@ -6,6 +6,7 @@ import torch
 from acc.compress.rtn import Rtn
 from acc.formats.base import quantization_config
 from acc.formats.bcq import BcqWeight
+from acc.formats.hf import packed_weights
 from acc.formats.source import open_source
 from acc.formats.spqr import SpQRWeight
 from acc.kernels.bcq import pack_planes, unpack_planes
@@ -174,10 +175,39 @@ def test_the_first_planes_are_a_weight_of_their_own(scales):
         codes = unpack_planes(packed.codes, 70)
         assert torch.equal(unpack_planes(first.codes, 70), codes & (1 << planes) - 1)
         torch.testing.assert_close(first.dequantize().double(), read_by_the_words(first), rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(packed.first_planes(4).dequantize().double(), whole, rtol=1e-4, atol=1e-4)
-    for planes in (0, 5):
-        with pytest.raises(ValueError, match="there are 4"):
-            packed.first_planes(planes)
+    assert packed.first_planes(4) is packed.first_planes(7) is packed
+    torch.testing.assert_close(packed.dequantize().double(), whole, rtol=1e-4, atol=1e-4)
+
+
+def test_a_model_is_loaded_with_its_first_planes(packed):
+    """The model in memory, and the source that the evaluation streams, have the same weights."""
+    import acc
+
+    folder = packed("qwen3_moe", "lut_gemm")
+    source = open_source(str(folder))
+    before = sum(source.info(name).nbytes for name in source.names())
+    source.read_planes(2)
+    assert sum(source.info(name).nbytes for name in source.names()) < before
+    model, whole = acc.load(folder, planes=2, dtype=torch.float32), acc.load(folder, dtype=torch.float32)
+    own, all_of_them = (packed_weights(each) for each in (model, whole))
+    assert len(own) == len(all_of_them) > 0
+    for first, every in zip(own, all_of_them, strict=True):
+        assert first.scheme["bits"] == 2
+        assert torch.equal(first.dequantize(), every.first_planes(2).dequantize())
+    name = next(iter(source.entries))
+    found = source.packed(name)
+    found = found[0] if isinstance(found, list) else found
+    assert any(torch.equal(found.dequantize(), first.dequantize()) for first in own if first.shape == found.shape)
+    ids = torch.randint(3, 128, (1, 12), generator=torch.Generator().manual_seed(5))
+    with torch.no_grad():
+        few, many = model(ids).logits, whole(ids).logits
+    assert torch.isfinite(few).all()
+    assert not torch.equal(few, many)
+    for planes in (0, 4):
+        with pytest.raises(ValueError, match="1 to 3"):
+            acc.load(folder, planes=planes)
+    with pytest.raises(ValueError, match="none of its weights has planes"):
+        open_source(str(packed("llama", "rtn"))).read_planes(2)
 
 
 def test_impossible_values_and_schemes_are_named():
