@@ -17,7 +17,7 @@ def show(
     as_json: Json = False,
 ) -> None:
     """List what there is, or one entry's fields and source."""
-    from ..registry import listing
+    from ..registry import listing, spelled
     from .ui import Screen
 
     screen = Screen(as_json)
@@ -30,6 +30,7 @@ def show(
         screen.next("acc show spqr")
         screen.result(found)
         return
+    name = spelled(name)
     homes = [folder for folder in FOLDERS if name in found[folder]]
     if not homes:
         import difflib

@@ -64,9 +64,9 @@ class LutGemm(Method):
             return None
         hessian = normalised(statistics["hessian"], event)
         diagonal = hessian.diagonal().clone()
-        order, perm = strongest_first(diagonal, self.group_size) if self.order == "group_order" else (None, None)
-        if perm is not None:
-            hessian = hessian[perm][:, perm]
+        by_strength = diagonal if self.order == "group_order" else torch.zeros_like(diagonal)
+        order, perm = strongest_first(by_strength, self.group_size)
+        hessian = hessian[perm][:, perm]
         factor = inverse_factor(hessian, self.damp_percent, event)
         hessian.diagonal().add_(self.damp_percent * diagonal[diagonal > 0].mean())
         return Prepared(order, perm, factor, hessian)
@@ -118,9 +118,8 @@ class LutGemm(Method):
         for _ in range(self.sweeps):
             sweep(columns, exact, codes, groups, matrices, store, places)
         for one, rows in matrices:
-            if one.perm is not None:
-                codes[:, rows] = torch.empty_like(codes[:, rows]).index_copy_(0, one.perm, codes[:, rows])
-                groups[:, rows] = torch.empty_like(groups[:, rows]).index_copy_(0, one.order, groups[:, rows])
+            codes[:, rows] = torch.empty_like(codes[:, rows]).index_copy_(0, one.perm, codes[:, rows])
+            groups[:, rows] = torch.empty_like(groups[:, rows]).index_copy_(0, one.order, groups[:, rows])
         return codes.T, groups, store
 
     def encode(self, codes: Tensor, stored: list[Tensor], dtype: torch.dtype) -> BcqWeight:
@@ -138,13 +137,13 @@ class LutGemm(Method):
 class Prepared:
     """What matrices with the same input share; groups and inputs in the order in which they are solved."""
 
-    order: Tensor | None  # int64 [G]: which group of the weight each is; None: as they are
-    perm: Tensor | None  # int64 [I]: which input each column is
+    order: Tensor  # int64 [G]: which group of the weight each is
+    perm: Tensor  # int64 [I]: which input each column is
     factor: Tensor  # U [I, I], upper triangular, Uᵀ U = inverse of the damped Hessian
     hessian: Tensor  # [I, I], damped
 
     def arranged(self, columns: Tensor) -> Tensor:
-        return columns if self.perm is None else columns[self.perm]
+        return columns[self.perm]
 
 
 class Matrices:

@@ -10,7 +10,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError, model_validator
 
 from ..formats.source import Source
-from ..registry import listing, lookup
+from ..registry import listing, lookup, spelled
 from .base import Method, Rewrite
 
 
@@ -44,8 +44,7 @@ class Step(BaseModel):
         if "method" not in own:
             raise ValueError("a step needs a `method`")
         rest = {k: v for k, v in data.items() if k not in own}
-        settings = configure(own["method"], rest)
-        return own | {"method": type(settings).__module__.rpartition(".")[2], "settings": settings}
+        return own | {"method": spelled(own["method"]), "settings": configure(own["method"], rest)}
 
     def flat(self) -> dict[str, Any]:
         return {
