@@ -31,12 +31,18 @@ def listing(folder: str, base: str | None = None) -> dict[str, str]:
     return found
 
 
+def spelled(name: str) -> str:
+    """An entry's name as its file has it: `-` stands for `_`, as in every option."""
+    return str(name).replace("-", "_")
+
+
 @cache
 def lookup(folder: str, name: str, base: str | None = None) -> Any:
-    """The one public class of `folder/name.py`, which derives from `base` where one is named.
+    """The one public class of `folder/name.py`, or of the file that `spelled` makes of the name; one that derives from
+    `base` where it is named.
 
     Raises ValueError with the nearest names when there is no such entry."""
-    entries = listing(folder, base)
+    entries, name = listing(folder, base), spelled(name)
     if name not in entries:
         near = difflib.get_close_matches(name, entries, n=3) or sorted(entries)
         raise ValueError(f"{folder}: there is no {name!r}; there is {', '.join(near)}")

@@ -20,6 +20,7 @@ Json = Annotated[bool, typer.Option("--json", help="print one JSON document and 
 Seed = Annotated[int, typer.Option(min=0, help="of everything that is drawn")]
 Device = Annotated[str, typer.Option(help="where blocks are run: cpu, cuda, cuda:1, ...")]
 Dtype = Annotated[str, typer.Option(help="type that blocks are run in: auto, float32, bfloat16, float16")]
+Planes = Annotated[int | None, typer.Option(min=1, help="of bit planes, read only so many: a model of fewer bits")]
 Spill = Annotated[Path | None, typer.Option(help="folder for hidden states that should not stay in memory")]
 
 

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .base import Device, Dtype, Json, Model, Seed, Spill
+from .base import Device, Dtype, Json, Model, Planes, Seed, Spill
 
 
 def eval(
@@ -17,6 +17,7 @@ def eval(
     windows: Annotated[int | None, typer.Option(min=1, help="how many windows; default: the whole text")] = None,
     max_kl: Annotated[float | None, typer.Option(help="exit code 3 when the divergence is larger")] = None,
     max_ppl_ratio: Annotated[float | None, typer.Option(help="exit code 3 when the ratio is larger")] = None,
+    planes: Planes = None,
     seed: Seed = 1,
     dtype: Dtype = "auto",
     device: Device = "cpu",
@@ -41,6 +42,8 @@ def eval(
     check_device(device)
     kind = check_dtype(dtype)
     source = open_source(model)
+    if planes is not None:
+        source.read_planes(planes)
     other = open_source(base) if base is not None else None
     ids, record = _ids(data, other or source, window, windows, seed)
     batches = cut(ids, window, windows)

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .base import Device, Dtype, Json, Model, Seed
+from .base import Device, Dtype, Json, Model, Planes, Seed
 
 
 def generate(
@@ -16,6 +16,7 @@ def generate(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="how much to write")] = 64,
     temperature: Annotated[float, typer.Option(min=0.0, help="0: always the likeliest token")] = 0.0,
     chat: Annotated[bool, typer.Option("--chat", help="wrap the prompt in the model's chat template")] = False,
+    planes: Planes = None,
     seed: Seed = 0,
     dtype: Dtype = "auto",
     device: Device = "cpu",
@@ -25,6 +26,7 @@ def generate(
     import torch
     from transformers import AutoModelForCausalLM
 
+    from ..formats.hf import keep_planes
     from ..formats.source import open_source
     from .base import check_device, check_dtype, tokenizer_of
     from .ui import Screen
@@ -38,6 +40,8 @@ def generate(
         loaded: Any = AutoModelForCausalLM.from_pretrained(source.folder, dtype=kind)
     except ImportError as error:  # what another engine packed, its own package runs
         raise ValueError(f"{model}: {error}; or see acc export --to dense") from None
+    if planes is not None:
+        keep_planes(loaded, planes)
     loaded.to(device).eval()
     if chat:
         if not tokenizer.chat_template:

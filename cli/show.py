@@ -17,7 +17,7 @@ def show(
     as_json: Json = False,
 ) -> None:
     """List what there is, or one entry's fields and source."""
-    from ..registry import RECIPES, listing, recipes
+    from ..registry import RECIPES, listing, recipes, spelled
     from .ui import Screen
 
     screen = Screen(as_json)
@@ -46,6 +46,7 @@ def show(
         screen.next(f"acc apply {name} MODEL")
         screen.result({"recipe": name, "text": text})
         return
+    name = spelled(name)
     homes = [folder for folder in FOLDERS if name in found[folder]]
     if not homes:
         import difflib
@@ -93,8 +94,9 @@ def _describe(screen: Any, folder: str, name: str) -> dict[str, Any]:
     if not issubclass(cls, Method):
         screen.line("\nGoes before a method, and leaves what the model computes as it is")
         return {"text": text, "fields": fields}
-    screen.line(f"\nNeeds {', '.join(cls().needs) or 'no statistics'}; writes format {cls.format}")
-    return {"text": text, "fields": fields, "needs": cls().needs, "format": cls.format}
+    needs = cls().needs  # with its defaults; a method's settings may take some away
+    screen.line(f"\nNeeds {', '.join(needs) or 'no statistics'}; writes format {cls.format}")
+    return {"text": text, "fields": fields, "needs": needs, "format": cls.format}
 
 
 def _bounds(schema: dict[str, Any]) -> str:

@@ -11,7 +11,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError, model_validator
 
 from ..formats.source import Source
-from ..registry import listing, lookup
+from ..registry import listing, lookup, spelled
 from .base import Method, Rewrite
 
 
@@ -45,7 +45,8 @@ class Step(BaseModel):
         if "method" not in own:
             raise ValueError("a step needs a `method`")
         rest = {k: v for k, v in data.items() if k not in own}
-        return own | {"settings": configure(own["method"], rest, beside=("targets", "ignore"))}
+        settings = configure(own["method"], rest, beside=("targets", "ignore"))
+        return own | {"method": spelled(own["method"]), "settings": settings}
 
     def flat(self) -> dict[str, Any]:
         return {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -47,6 +47,7 @@ class PackedWeight(ABC):
     scheme: Scheme
 
     name: ClassVar[str]  # the file's name, written as `format` beside the scheme
+    planes: ClassVar[bool] = False  # whether the first of its bits are a weight of fewer, see `first_planes`
     suffixes: ClassVar[dict[str, str]]  # field -> what is added to the dense tensor's name; the codes' suffix is ""
 
     @classmethod
@@ -104,6 +105,11 @@ class PackedWeight(ABC):
 
     def with_codes(self, codes: Tensor) -> PackedWeight:
         """The same with other codes `[O, I]`, in packed order. Only where there is a `grid`."""
+        raise NotImplementedError
+
+    def first_planes(self, planes: int) -> PackedWeight:
+        """The weight that the first `planes` bits of each code are, all of them if there are fewer. Only with
+        `planes`."""
         raise NotImplementedError
 
     def tensors(self) -> dict[str, Tensor]:
@@ -265,10 +271,24 @@ class Entry(NamedTuple):
             return [self.cls.from_tensors(tensors, self.shape, self.scheme)]
         return unstack(self.cls, tensors, self.stack, self.shape, self.scheme)
 
+    def first_planes(self, planes: int) -> Entry:
+        """How the same is described when only so many planes are read; itself where the format has none."""
+        if not self.cls.planes or self.scheme["bits"] <= planes:
+            return self
+        return self._replace(scheme=self.scheme | {"bits": planes})
+
     def dense(self, packed: Sequence[PackedWeight], dtype: torch.dtype) -> Tensor:
         """The tensor that the source model had under this name, up to the loss of packing."""
         parts = [p.dequantize(dtype).T if self.transposed else p.dequantize(dtype) for p in packed]
         return parts[0].contiguous() if self.stack is None else torch.stack(parts)
+
+
+def has_planes(entries: Iterable[Entry], planes: int) -> None:
+    """Raises ValueError unless one of the weights has so many planes, and may be read without the rest."""
+    most = max((entry.scheme["bits"] for entry in entries if entry.cls.planes), default=0)
+    if not 1 <= planes <= most:
+        there = f"1 to {most}" if most else "none of its weights has planes (lut_gemm makes them)"
+        raise ValueError(f"planes {planes}: this model takes {there}")
 
 
 def entry(config: dict[str, Any], name: str) -> Entry | None:

@@ -21,7 +21,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..kernels.base import ExpertsProduct
-from .base import VERSION, Entry, PackedWeight, entries, one_tensor
+from .base import VERSION, Entry, PackedWeight, entries, has_planes, one_tensor
 from .safefile import DTYPES
 from .shared import SharedInput
 
@@ -350,8 +350,10 @@ def _headers(files: list[str]) -> dict[str, Tensor]:
     return found
 
 
-def load(folder: str | Path, **options: Any) -> Any:
+def load(folder: str | Path, planes: int | None = None, **options: Any) -> Any:
     """The model of a folder that acc wrote, packed and ready to generate; `options` go to `from_pretrained`.
+
+    With `planes`, weights of more bit planes keep only their first ones, as a model of fewer bits.
 
     Raises ValueError when the folder is not whole: index, headers and names are checked before any weight is read.
     """
@@ -360,7 +362,24 @@ def load(folder: str | Path, **options: Any) -> Any:
     from .source import open_source
 
     source = open_source(str(folder))
-    return AutoModelForCausalLM.from_pretrained(source.folder, **({"dtype": "auto"} | options))
+    model = AutoModelForCausalLM.from_pretrained(source.folder, **({"dtype": "auto"} | options))
+    return model if planes is None else keep_planes(model, planes)
+
+
+def keep_planes(model: Any, planes: int) -> Any:
+    """The loaded model, whose weights of bit planes keep but their first `planes`; the memory of the rest is free.
+
+    Raises ValueError where no weight has as many."""
+    holders = [module for module in model.modules() if isinstance(module, Packed)]
+    has_planes((spec for module in holders for spec, _ in module._specs.values()), planes)
+    for module in holders:
+        for leaf, (spec, names) in list(module._specs.items()):
+            if (first := spec.first_planes(planes)) is not spec:
+                parts = [part.first_planes(planes) for part in module.parts(leaf)]
+                assert first.pack(parts).keys() == {name.removeprefix(leaf) for name in names}
+                module.hold(leaf, first, first.pack(parts))
+        module.forget()
+    return model
 
 
 def packed_weights(model: nn.Module) -> list[PackedWeight]:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .base import Entry, PackedWeight, entries
+from .base import Entry, PackedWeight, entries, has_planes
 from .fetch import TEMPLATES, WEIGHT_SUFFIXES, fetch, unpack_gguf
 from .safefile import Extent, Shards, confined, is_plain, open_shards, read_json
 
@@ -90,6 +90,7 @@ class Source:
         self.quantized = table is not None
         self.shards: Shards = open_shards(folder)
         self.entries: dict[str, Entry] = entries(table) if table is not None else {}
+        self.planes: int | None = None  # how many planes are read of weights that have more, see `read_planes`
         self._owner = _companions(self.shards, self.entries)
         for name, extent in self.shards.extents.items():
             if name not in self._owner and extent.dtype.itemsize == 1 and extent.dtype.is_floating_point:
@@ -122,7 +123,15 @@ class Source:
         if entry is None:
             return TensorInfo(extent.shape, extent.dtype, extent.nbytes, file)
         nbytes = sum(self.shards.extents[name + suffix].nbytes for suffix in entry.layout())
+        if self.planes is not None and (first := entry.first_planes(self.planes)) is not entry:
+            sizes = first.layout().values()
+            nbytes = sum(math.prod(n or 0 for n in size) * dtype.itemsize for size, dtype in sizes)
         return TensorInfo(entry.dense_shape, self.dtype, nbytes, file)
+
+    def read_planes(self, planes: int) -> None:
+        """From now on weights of bit planes are but their first `planes`. Raises ValueError where none has as many."""
+        has_planes(self.entries.values(), planes)
+        self.planes = planes
 
     def tensor(self, name: str) -> Tensor:
         """A dense tensor in memory of its own; a packed one is dequantised to the config's type."""
@@ -141,6 +150,8 @@ class Source:
             parts = entry.unpack({suffix: self.shards.read(name + suffix) for suffix in entry.layout()})
         except ValueError as error:
             raise ValueError(f"{self.spec}: {name}: {error}") from None
+        if self.planes is not None and entry.cls.planes:
+            parts = [part.first_planes(self.planes) for part in parts]
         return parts[0] if entry.stack is None else parts
 
     def raw_names(self) -> list[str]:

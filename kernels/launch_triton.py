@@ -152,7 +152,7 @@ def _launch(x: Tensor, out: Tensor, ends: Tensor | None, weights: Operands, numb
     if experts and not vector:
         token_tiles = min(token_tiles + experts, tokens)
     row_tiles = sum(-(-count // tile["BLOCK_O"]) for count in weights.rows)
-    steps, splits = _split(-(-columns // (CHUNK * tile["BLOCK_C"])), row_tiles * token_tiles, x.device)
+    steps, splits = split_columns(-(-columns // (CHUNK * tile["BLOCK_C"])), row_tiles * token_tiles, x.device)
     done = splits == 1 and not weights.outliers
     parts = out if done else x.new_empty(splits * out.numel(), dtype=torch.float32)
     dense = {
@@ -227,7 +227,7 @@ def _tile(x: Tensor, weights: Operands, tokens: int, experts: int, vector: bool)
     return tile | {"DTYPE": DTYPES[dtype], "PRECISION": precision}
 
 
-def _split(steps: int, programs: int, device: torch.device) -> tuple[int, int]:
+def split_columns(steps: int, programs: int, device: torch.device) -> tuple[int, int]:
     """The columns' steps per program, and among how many programs they are split."""
     wanted = min(-(-4 * _processors(device) // programs), MAX_SPLITS, steps)
     per_program = -(-steps // wanted)

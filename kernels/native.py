@@ -31,7 +31,7 @@ SOURCE = Path(__file__).with_name("packed_cpu.cpp")
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
 POINTERS = (
     "codes", "scale", "scale_codes", "zero_codes", "stat", "perm", "outlier_count", "outlier_start", "outlier_column",
-    "outlier_value",
+    "outlier_value", "offset",
 )  # fmt: skip
 FEW = 16  # tokens up to which decoding for each product beats decoding the whole matrix first
 SMALL = 1 << 17  # products below which a second thread costs more than it saves

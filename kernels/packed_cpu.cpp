@@ -1,14 +1,29 @@
-// Products with packed weights on CPUs, the C++ twin of kernels/spqr.py and kernels/grouped.py: every weight is decoded
+// Products with packed weights on CPUs, the C++ twin of kernels/spqr.py, grouped.py and bcq.py: every weight is decoded
 // to the very fp32 value of the torch definition and used at once, so that only packed bytes cross the memory bus.
 // Neighbouring rows lie beside each other in all packed tensors: a vector holds LANES rows of one column.
 //
 // kernels/native.py compiles this once per scheme, whose numbers are macros: SPQR (0: grouped), BITS, GROUP (0: a whole
-// row), SCALE_BITS, ZERO_BITS (0: none stored), STAT_GROUP, BFLOAT (16-bit floats are bfloat16, not half).
+// row), SCALE_BITS, ZERO_BITS (0: none stored), STAT_GROUP, BFLOAT (16-bit floats are bfloat16, not half). With BCQ
+// codes are bit planes; then KIND says what is stored of a group (0: floats, 1: codes, 2: an even grid), and LOOKUP how
+// few tokens are multiplied: 4 or 8 columns at a time by a table of the sums of plus or minus x, or 0, weight by weight.
 
 #include <cstdint>
 #include <cstring>
 #include <utility>
 #include <vector>
+
+#if defined(__AVX2__) || defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
+#ifndef BCQ
+#define BCQ 0
+#endif
+#if BCQ && LOOKUP && (defined(__AVX2__) || defined(__AVX512F__)) && GROUP % LOOKUP == 0
+#define TABLES 1
+#else
+#define TABLES 0
+#endif
 
 #if defined(__AVX512F__)
 constexpr int LANES = 16;
@@ -17,11 +32,13 @@ constexpr int LANES = 8;
 #endif
 constexpr int CHUNK = 32, OUTLIER_BLOCK = 256;
 constexpr int TOKENS = 16, TILES = 64;  // taken together
+constexpr int FEW = 4;                  // tokens up to which tables beat weights
 
 typedef float vf __attribute__((vector_size(4 * LANES)));
 typedef int32_t vi __attribute__((vector_size(4 * LANES)));
 typedef uint32_t vu __attribute__((vector_size(4 * LANES)));
 typedef uint16_t vh __attribute__((vector_size(2 * LANES)));
+typedef uint8_t vb __attribute__((vector_size(LANES)));
 
 #define ALWAYS __attribute__((always_inline))  // a call would spill the vectors
 #define INLINE inline ALWAYS
@@ -30,16 +47,21 @@ typedef uint16_t vh __attribute__((vector_size(2 * LANES)));
 struct Weight {
     int64_t rows, columns, perm_wide;
     const uint32_t* codes;         // [C, BITS, O]
-    const uint16_t* scale;         // grouped: [G, O]
-    const uint8_t* scale_codes;    // spqr: [G, ceil(O / 8) * SCALE_BITS]
-    const uint8_t* zero_codes;     // [G, ceil(O / 8) * ZERO_BITS]
-    const uint16_t* stat;          // spqr: [G, ceil(O / STAT_GROUP), 4]
+    const uint16_t* scale;         // grouped, bcq of KIND 2: [G, O]; bcq of KIND 0: [G, BITS, O]
+    const uint8_t* scale_codes;    // spqr: [G, ceil(O / 8) * SCALE_BITS]; bcq: [G, BITS, O]
+    const uint8_t* zero_codes;     // [G, ceil(O / 8) * ZERO_BITS]; bcq: [G, O]
+    const uint16_t* stat;          // spqr: [G, ceil(O / STAT_GROUP), 4]; bcq: [2, O]
     const void* perm;              // [I], uint16, or int32 if perm_wide
     const uint8_t* outlier_count;  // [ceil(I / 256), O]
     const int32_t* outlier_start;  // [ceil(I / 256), ceil(O / LANES)]: the first of a block's and a tile's
     const uint8_t* outlier_column; // [N]
     const uint16_t* outlier_value; // [N]
+    const uint16_t* offset;        // bcq: [G, O]
 };
+
+static INLINE int lanes_of(const Weight& w, int64_t tile) {
+    return w.rows - tile * LANES < LANES ? w.rows - tile * LANES : LANES;
+}
 
 extern "C" int64_t acc_lanes() { return LANES; }
 
@@ -106,8 +128,43 @@ static INLINE vf stream(const uint8_t* from, int lanes) {
     return __builtin_convertvector((vi)code, vf);
 }
 
+#if BCQ
+
+static INLINE vf floats(const uint16_t* from, int lanes) {
+    return widen(__builtin_convertvector(load<vh>(from, lanes), vu));
+}
+
+static INLINE vf bytes(const uint8_t* from, int lanes) {
+    return __builtin_convertvector(__builtin_convertvector(load<vb>(from, lanes), vi), vf);
+}
+
+// What LANES rows have for a group of columns: the scale of each plane, the offset, and what both are multiplied by.
+struct Group {
+    vf scale[BITS], offset, step;
+};
+
+static INLINE Group group_of(const Weight& w, int64_t group, int64_t row, int lanes) {
+    Group g;
+    int64_t at = group * w.rows + row;
+    g.step = vf{} + 1;
+    for (int b = 0; b < BITS; b++) {
+        int64_t plane = (group * BITS + b) * w.rows + row;
+        if (KIND == 0) g.scale[b] = floats(w.scale + plane, lanes);
+        if (KIND == 1) g.scale[b] = bytes(w.scale_codes + plane, lanes) * floats(w.stat + row, lanes);
+        if (KIND == 2) g.scale[b] = vf{} + (b < BITS - 1 ? (float)(1 << (BITS - 1 - b)) / 2 : 0.5f);
+    }
+    if (KIND == 1) {
+        g.offset = (bytes(w.zero_codes + at, lanes) - 128) * floats(w.stat + w.rows + row, lanes);
+        asm("" : "+m"(g.offset));  // rounded here: no part of a fused multiply-add with the first plane
+    } else {
+        g.offset = floats(w.offset + at, lanes);
+    }
+    if (KIND == 2) g.step = floats(w.scale + at, lanes);
+    return g;
+}
+
 // Scale and zero point of LANES rows in a group of columns.
-#if SPQR
+#elif SPQR
 static INLINE void statistics(const Weight& w, int64_t group, int64_t row, int lanes, vf& scale, vf& zero) {
     int64_t eights = group * ((w.rows + 7) / 8) + row / 8;
     scale = stream<SCALE_BITS>(w.scale_codes + eights * SCALE_BITS, lanes);
@@ -138,6 +195,35 @@ static INLINE void each(F f, std::integer_sequence<int, N...>) {
     (f(std::integral_constant<int, N>{}), ...);
 }
 
+// Whether a group begins at column j of a chunk.
+static INLINE bool begins(int64_t chunk, int j) {
+    constexpr int64_t size = GROUP ? GROUP : INT32_MAX;
+    if (CHUNK % size == 0) return j % size == 0;  // known at compile time
+    if (size % CHUNK == 0 && j != 0) return false;
+    return (chunk * CHUNK + j) % size == 0;
+}
+
+#if BCQ
+
+// Hands the 32 columns of a chunk, for LANES rows, to `use(column within the chunk, weights)`.
+template <class Use>
+static INLINE void decode(const Weight& w, int64_t chunk, int64_t row, int lanes, Use use) {
+    int64_t group = GROUP ? chunk * CHUNK / GROUP : 0;
+    Group g = group_of(w, group, row, lanes);
+    vu clear[BITS];  // a bit is set where it was not: there the scale is taken away
+    const uint32_t* from = w.codes + chunk * BITS * w.rows + row;
+    for (int b = 0; b < BITS; b++) clear[b] = ~load<vu>(from + b * w.rows, lanes);
+    each([&](auto p) ALWAYS {
+        constexpr int J = decltype(p)::value;
+        if (J > 0 && begins(chunk, J) && chunk * CHUNK + J < w.columns) g = group_of(w, ++group, row, lanes);
+        vf weight = g.offset;
+        for (int b = 0; b < BITS; b++) weight += (vf)((vu)g.scale[b] ^ (clear[b] << (31 - J) & 0x80000000u));
+        use(J, KIND == 2 ? weight * g.step : weight);
+    }, std::make_integer_sequence<int, CHUNK>{});
+}
+
+#else
+
 // The low and the high half of pair P of a chunk, as kernels/packing.py lays them.
 template <int P>
 static INLINE void pair(const vu* words, vu& low, vu& high) {
@@ -156,14 +242,6 @@ static INLINE void pair(const vu* words, vu& low, vu& high) {
             done += width;
         }
     }
-}
-
-// Whether a group begins at column j of a chunk.
-static INLINE bool begins(int64_t chunk, int j) {
-    constexpr int64_t size = GROUP ? GROUP : INT32_MAX;
-    if (CHUNK % size == 0) return j % size == 0;  // known at compile time
-    if (size % CHUNK == 0 && j != 0) return false;
-    return (chunk * CHUNK + j) % size == 0;
 }
 
 // Hands the 32 columns of a chunk, for LANES rows, to `use(column within the chunk, weights)`.
@@ -188,6 +266,85 @@ static INLINE void decode(const Weight& w, int64_t chunk, int64_t row, int lanes
     }, std::make_integer_sequence<int, 16>{});
 }
 
+#endif
+
+#if TABLES
+
+constexpr int ENTRIES = 1 << LOOKUP, PER_CHUNK = CHUNK / LOOKUP;
+constexpr int TOGETHER = GROUP && GROUP % CHUNK == 0 && GROUP <= 4 * CHUNK ? GROUP / CHUNK : 1;  // chunks of one group
+
+// For every LOOKUP columns of x [padded] the sums of plus or minus x, by the bits of a plane, and x's own sum per chunk.
+static void tabulate(const float* x, int64_t padded, float* tables, float* chunk_sums) {
+    for (int64_t j = 0; j < padded; j += LOOKUP) {
+        float* table = tables + j / LOOKUP * ENTRIES;
+        table[0] = 0;
+        for (int s = 0; s < LOOKUP; s++) table[0] -= x[j + s];
+        for (int s = 0; s < LOOKUP; s++)
+            for (int i = 0; i < 1 << s; i++) table[i + (1 << s)] = table[i] + 2 * x[j + s];
+    }
+    for (int64_t c = 0; c < padded / CHUNK; c++) {
+        chunk_sums[c] = 0;
+        for (int j = 0; j < CHUNK; j++) chunk_sums[c] += x[c * CHUNK + j];
+    }
+}
+
+// What the lowest LOOKUP bits of each lane find in a table.
+static INLINE vf look_up(const float* table, vu at) {
+#if LOOKUP == 4 && defined(__AVX512F__)
+    return (vf)_mm512_permutexvar_ps((__m512i)at, _mm512_loadu_ps(table));
+#elif LOOKUP == 4
+    __m256 low = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table), (__m256i)at);
+    __m256 high = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table + 8), (__m256i)at);
+    return (vf)_mm256_blendv_ps(low, high, (__m256)(at << 28));
+#elif defined(__AVX512F__)
+    return (vf)_mm512_i32gather_ps((__m512i)(at & (ENTRIES - 1)), table, 4);
+#else
+    return (vf)_mm256_i32gather_ps(table, (__m256i)(at & (ENTRIES - 1)), 4);
+#endif
+}
+
+// As `product`, with tables [T, padded / LOOKUP, ENTRIES] and sums of chunks [T, padded / CHUNK] instead of x.
+static void product_by_tables(
+    const Weight& w, const float* tables, const float* chunk_sums, int64_t padded, int T, int64_t first, int64_t last,
+    vf* sums
+) {
+    int64_t chunks = padded / CHUNK;
+    for (int64_t i = 0; i < (last - first) * T; i++) sums[i] = vf{};
+    for (int64_t begin = 0; begin < chunks; begin += TOGETHER)
+        for (int64_t tile = first; tile < last; tile++)
+            for (int t = 0; t < T; t++) {
+                int lanes = lanes_of(w, tile);
+                int64_t row = tile * LANES, group = GROUP ? begin * CHUNK / GROUP : 0;
+                vf part[BITS] = {}, sum = sums[(tile - first) * T + t];
+                float whole = 0;
+                auto finish = [&]() ALWAYS {  // a group
+                    Group g = group_of(w, group, row, lanes);
+                    vf own = g.offset * whole;
+                    for (int b = 0; b < BITS; b++) own += g.scale[b] * part[b], part[b] = vf{};
+                    sum += KIND == 2 ? own * g.step : own;
+                    whole = 0, group++;
+                };
+                for (int64_t chunk = begin; chunk < begin + TOGETHER && chunk < chunks; chunk++) {
+                    vu words[BITS];
+                    const uint32_t* from = w.codes + chunk * BITS * w.rows + row;
+                    for (int b = 0; b < BITS; b++) words[b] = load<vu>(from + b * w.rows, lanes);
+                    const float* table = tables + (t * chunks + chunk) * PER_CHUNK * ENTRIES;
+                    constexpr bool within = GROUP && GROUP % CHUNK != 0;  // groups may begin within a chunk
+                    if (!within) whole += chunk_sums[t * chunks + chunk];
+                    each([&](auto p) ALWAYS {
+                        constexpr int N = decltype(p)::value;
+                        if (within && N > 0 && begins(chunk, N * LOOKUP) && chunk * CHUNK + N * LOOKUP < w.columns) finish();
+                        for (int b = 0; b < BITS; b++) part[b] += look_up(table + N * ENTRIES, words[b] >> (N * LOOKUP));
+                        if (within) whole += table[N * ENTRIES + ENTRIES - 1];
+                    }, std::make_integer_sequence<int, PER_CHUNK>{});
+                }
+                finish();
+                sums[(tile - first) * T + t] = sum;
+            }
+}
+
+#endif
+
 // `use(lane, column, value)` for every outlier of a tile in a block of columns.
 template <class Use>
 static INLINE void outliers(const Weight& w, int64_t block, int64_t tile, int lanes, Use use) {
@@ -200,10 +357,6 @@ static INLINE void outliers(const Weight& w, int64_t block, int64_t tile, int la
         for (int64_t end = at + count; at < end; at++)
             use(i, w.outlier_column[at], widen<BFLOAT>(w.outlier_value[at]));
     }
-}
-
-static INLINE int lanes_of(const Weight& w, int64_t tile) {
-    return w.rows - tile * LANES < LANES ? w.rows - tile * LANES : LANES;
 }
 
 // x [T, padded] in fp32 and packed order, T 1 or a multiple of 4 up to TOKENS -> sums [last - first, T, LANES] of tiles
@@ -281,12 +434,27 @@ extern "C" void acc_product(const Weight* weight, const void* x, void* y, int64_
             scratch[t * padded + j] = narrowed ? widen<true>(((const uint16_t*)x)[from]) : ((const float*)x)[from];
         }
     const float* ready = scratch.data();
+#if TABLES
+    static thread_local std::vector<float> tables, chunk_sums;
+    bool tabulated = T <= FEW;
+    if (tabulated) {
+        fours = T;
+        tables.resize(T * (padded / LOOKUP) * ENTRIES), chunk_sums.resize(T * (padded / CHUNK));
+        for (int64_t t = 0; t < T; t++)
+            tabulate(ready + t * padded, padded, tables.data() + t * (padded / LOOKUP) * ENTRIES, chunk_sums.data() + t * (padded / CHUNK));
+    }
+    const float *ready_tables = tables.data(), *ready_sums = chunk_sums.data();
+#endif
     int64_t share = (tiles + threads - 1) / threads;
     if (share > TILES) share = TILES;
 #pragma omp parallel for num_threads(threads) if (threads > 1)
     for (int64_t first = 0; first < tiles; first += share) {
         int64_t last = first + share < tiles ? first + share : tiles;
         vf sums[TILES * TOKENS];
+#if TABLES
+        if (tabulated) product_by_tables(w, ready_tables, ready_sums, padded, fours, first, last, sums);
+        else
+#endif
         product(w, ready, padded, fours, first, last, sums);
         for (int64_t tile = first; tile < last; tile++)
             for (int64_t t = 0; t < T; t++) {

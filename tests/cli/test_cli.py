@@ -237,6 +237,26 @@ def test_bad_recipes_are_one_line(capsys, model, tmp_path):
     assert not out.exists()
 
 
+def test_fewer_planes_of_what_was_packed(capsys, model, text, tmp_path):
+    out = tmp_path / "out"
+    words = ["quantize", model, out, "--method", "lut-gemm", "--bits", "3", "--activation-aware", "false", "--json"]
+    code, made, err = call(capsys, *words)
+    assert code == 0, err
+    assert json.loads(made)["recipe"]["steps"][0]["method"] == "lut_gemm"
+    found = []
+    for planes in ([], ["--planes", "1"]):
+        code, measured, err = call(
+            capsys, "eval", out, "--base", model, "--data", text, "--window", "32", "--windows", "4", "--json", *planes
+        )
+        assert code == 0, err
+        found.append(json.loads(measured))
+        code, _, err = call(capsys, "generate", out, "the quick", "--max-new-tokens", "4", *planes)
+        assert code == 0, err
+    assert found[1]["kl"] > found[0]["kl"]
+    assert found[1]["stored"]["packed_bits"] < found[0]["stored"]["packed_bits"] - 1.5
+    assert "1 to 3" in one_line(capsys, 2, "eval", out, "--data", text, "--planes", "4")
+
+
 def test_rotated_first(capsys, model, text, tmp_path):
     """The tied head of the base is untied on the way; every verb takes the result."""
     out = tmp_path / "rotated"

@@ -8,9 +8,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from acc.formats.bcq import BcqWeight
 from acc.formats.grouped import GroupedWeight
 from acc.formats.spqr import SpQRWeight
-from acc.kernels import native
+from acc.kernels import bcq_compiled, native
 
 SPQR = {
     "bits": 3, "group_size": 16, "scale_bits": 3, "zero_bits": 3, "stat_group_size": 16, "order": "act_order",
@@ -26,6 +27,9 @@ SPQR_SCHEMES = [
 GROUPED = {"bits": 4, "group_size": 128, "symmetric": False, "scale_dtype": "float16"}
 GROUPED_SCHEMES = [{}, {"bits": 7, "group_size": -1}, {"bits": 8, "group_size": 7, "scale_dtype": "bfloat16"}]
 GROUPED_SCHEMES += [{"bits": 3, "symmetric": True, "group_size": 32}]
+BCQ = {"bits": 3, "group_size": 128, "scales": "codes", "scale_dtype": "float16"}
+BCQ_SCHEMES = [{}, {"bits": 2, "group_size": 8, "scales": "free", "scale_dtype": "bfloat16"}]
+BCQ_SCHEMES += [{"bits": 1, "group_size": -1, "scales": "free"}, {"bits": 4, "group_size": 36, "scales": "even"}]
 SHAPES = [(1, 8), (45, 100), (16, 256), (70, 531)]
 
 needs_compiler = pytest.mark.skipif(native._compiler() is None, reason="no C++ compiler")
@@ -61,6 +65,19 @@ def grouped(rows: int, columns: int, **scheme) -> GroupedWeight:
     return GroupedWeight.encode(codes, scale, None if scheme["symmetric"] else zero, scheme)
 
 
+def bcq(rows: int, columns: int, **scheme) -> BcqWeight:
+    scheme, draw = BCQ | scheme, torch.Generator().manual_seed(rows + columns)
+    groups = 1 if scheme["group_size"] == -1 else -(-columns // scheme["group_size"])
+    codes = torch.randint(0, 1 << scheme["bits"], (rows, columns), generator=draw)
+    size, dtype = (groups, scheme["bits"], rows), getattr(torch, scheme["scale_dtype"])
+    if scheme["scales"] == "codes":
+        numbers = (torch.randint(0, 256, n, generator=draw).byte() for n in (size, (groups, rows)))
+        return BcqWeight.encode(codes, *numbers, torch.rand(2, rows, generator=draw).to(dtype), scheme)
+    size = (groups, rows) if scheme["scales"] == "even" else size
+    scale, offset = torch.rand(size, generator=draw).to(dtype), torch.randn(groups, rows, generator=draw).to(dtype)
+    return BcqWeight.encode(codes, scale, offset, None, scheme)
+
+
 def assert_product(y, x, dense):
     """`y = x denseᵀ` up to the order of sums in fp32."""
     bound = 1e-6 * dense.shape[1] ** 0.5 * (x.double().abs() @ dense.double().abs().T) + 1e-30
@@ -70,7 +87,9 @@ def assert_product(y, x, dense):
 @needs_compiler
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize(
-    ("make", "scheme"), [(spqr, s) for s in SPQR_SCHEMES] + [(grouped, s) for s in GROUPED_SCHEMES], ids=str
+    ("make", "scheme"),
+    [(spqr, s) for s in SPQR_SCHEMES] + [(grouped, s) for s in GROUPED_SCHEMES] + [(bcq, s) for s in BCQ_SCHEMES],
+    ids=str,
 )
 def test_weights_are_the_references_and_so_are_products(make, scheme, shape):
     weight = make(*shape, **scheme)
@@ -83,6 +102,17 @@ def test_weights_are_the_references_and_so_are_products(make, scheme, shape):
         assert torch.equal(weight.matmul(x), weight.matmul(x))
     strided = torch.randn(shape[1], 3).T
     torch.testing.assert_close(weight.matmul(strided), weight.matmul(strided.contiguous()), rtol=0, atol=0)
+
+
+@needs_compiler
+@pytest.mark.parametrize("lookup", [0, 8])
+def test_ways_to_multiply_by_planes_that_were_measured(lookup):
+    weight = bcq(45, 100, group_size=24, bits=2, scales="free")
+    product = bcq_compiled.prepare(100, lookup=lookup, **weight.operands(), **weight.numbers())
+    assert torch.equal(product(torch.eye(100)).T, weight.dequantize())
+    for tokens in (1, 3):
+        x = torch.randn(tokens, 100, generator=torch.Generator().manual_seed(tokens))
+        assert_product(product(x), x, weight.dequantize())
 
 
 @needs_compiler
@@ -200,7 +230,13 @@ def test_libraries_are_kept_where_only_the_owner_writes(monkeypatch, tmp_path, o
 def test_processors_without_wide_vectors(monkeypatch, other_compiler):
     other_compiler(native._compiler())
     monkeypatch.setattr(native, "FLAGS", (*native.FLAGS, "-mno-avx512f"))
-    for weight in (spqr(45, 100), spqr(70, 531, scale_bits=5), grouped(45, 300)):
+    for weight in (
+        spqr(45, 100),
+        spqr(70, 531, scale_bits=5),
+        grouped(45, 300),
+        bcq(45, 300),
+        bcq(7, 100, group_size=8),
+    ):
         assert weight._product.library.acc_lanes() == 8
         x = torch.randn(3, weight.shape[1])
         assert_product(weight.matmul(x), x, weight.dequantize())

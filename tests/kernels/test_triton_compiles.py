@@ -61,16 +61,47 @@ launch_triton.packed_product(torch.zeros(16, columns, dtype=torch.float16), ends
 """
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU the other tests compile them")
-def test_compiles_for_a_gpu_that_is_not_here(tmp_path):
+PLANES = (
+    SCRIPT.partition("from acc.kernels import launch_triton")[0]
+    + """
+from acc.kernels import bcq_triton
+
+for name in ("vector_kernel", "tile_kernel", "finish_kernel"):
+    setattr(bcq_triton, name, Compiled(getattr(bcq_triton, name)))
+
+codes = torch.zeros(16, 3, 256, dtype=torch.int32)
+free = torch.zeros(4, 3, 256, dtype=torch.float16), torch.zeros(4, 256, dtype=torch.float16), None
+codes8 = free[0].byte(), free[1].byte(), torch.zeros(2, 256, dtype=torch.float16)
+even = torch.zeros(32, 256, dtype=torch.bfloat16), torch.zeros(32, 256, dtype=torch.bfloat16), None
+for tokens, stored, group in ((1, free, 128), (16, codes8, 128), (1, even, 16), (4, even, 16)):
+    x = torch.zeros(tokens, 512, dtype=torch.bfloat16)
+    bcq_triton.bcq_product(x, codes, *stored, 3, group)
+"""
+)
+
+
+def compiled(script, tmp_path):
+    """For each launch the kernel's name, whether it multiplies on tensor cores, and whether it reads words by fours."""
     environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, "90"], env=environment, capture_output=True, text=True, cwd=tmp_path
+        [sys.executable, "-c", script, "90"], env=environment, capture_output=True, text=True, cwd=tmp_path
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    kernels = [line.split() for line in done.stdout.splitlines()]
+    return [line.split() for line in done.stdout.splitlines()]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU the other tests compile them")
+def test_compiles_for_a_gpu_that_is_not_here(tmp_path):
+    kernels = compiled(SCRIPT, tmp_path)
     assert [name for name, *_ in kernels] == [
         "vector_kernel", "finish_kernel", "gather_kernel", "tile_kernel", "finish_kernel"
     ]  # fmt: skip
     assert kernels[0][2] == "True", "neighbouring rows' words are read four at a time"
     assert kernels[3][1] == "True", "tiles are multiplied on the tensor cores"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU the other tests compile them")
+def test_bit_planes_compile_for_a_gpu_that_is_not_here(tmp_path):
+    kernels = [line for line in compiled(PLANES, tmp_path) if line[0] != "finish_kernel"]
+    assert [name for name, *_ in kernels] == ["vector_kernel", "tile_kernel"] * 2
+    assert all(on_tensor_cores == "True" for name, on_tensor_cores, _ in kernels if name == "tile_kernel")
