@@ -12,6 +12,7 @@ from .base import Json, MethodCommand, Model
 if TYPE_CHECKING:
     from ..calibrate.stream import Stream
     from ..compress.recipe import Recipe, Step
+    from ..formats.base import Entry
     from ..formats.source import Source
     from .ui import Screen
 
@@ -44,9 +45,10 @@ def plan(
     """
     from ..calibrate.stream import Stream
     from ..compress.apply import assign
-    from ..compress.plan import sizes
+    from ..compress.plan import planned_entries, sizes
     from .base import check_dtype
     from .packing import open_dense, resolved
+    from .spending import parse_size
     from .ui import Screen, size
 
     screen, source = Screen(as_json), open_dense(model)
@@ -64,13 +66,13 @@ def plan(
     stream = Stream(rewritten, dtype=check_dtype(wanted.dtype))
     tried: dict[int, int] = {}
     if fit is not None:
-        wanted, tried = _fitting(wanted, stream, _bytes(fit), fit)
+        wanted, tried = _fitting(wanted, stream, parse_size(fit), fit)
     chosen = assign(wanted, stream)
     after = sizes(chosen, stream)
     result = _bytes_of(source, rewritten, chosen, after) | {"recipe": wanted.to_dict()}
-    result |= {"fit": {"limit": _bytes(fit), "bytes": tried}} if fit is not None else {}
+    result |= {"fit": {"limit": parse_size(fit), "bytes": tried}} if fit is not None else {}
     result |= _cost(wanted, stream, chosen, source, after, batch) | {"disk": _disk(source, after, out)}
-    result["engines"] = _engines(source)
+    result["engines"] = _engines(source, planned_entries(chosen, stream))
     _show(screen, wanted, source, rewritten, result)
     screen.next(_command(model, recipe, changes, wanted, fit is not None))
     screen.result(result)
@@ -125,21 +127,6 @@ def _fitting(recipe: Recipe, stream: Stream, limit: int, spelled: str) -> tuple[
         f"--fit {spelled}: the least is {size(tried[least])}, at {least} bits; larger groups take less, and so does the"
         " output head where --targets names it"
     )
-
-
-def _bytes(text: str) -> int:
-    """`6GiB`, `500 MB`, `1e9` -> bytes. Raises ValueError for anything else."""
-    import re
-
-    found = re.fullmatch(r"([\d.]+(?:e\d+)?)\s*(?:([kmgt])(i?)b?|b)?", text.strip().lower())
-    try:
-        number = float(found[1]) if found else 0.0
-    except ValueError:
-        number = 0.0
-    if not found or number <= 0:
-        raise ValueError(f"--fit {text}: expected a size such as 6GiB or 500MB")
-    power = " kmgt".index(found[2] or " ")
-    return int(number * (1024 if found[3] else 1000) ** power)
 
 
 def _bytes_of(source: Source, rewritten: Source, chosen: dict[str, Step], after: dict[str, int]) -> dict[str, Any]:
@@ -207,12 +194,22 @@ def _disk(source: Source, after: dict[str, int], out: Path) -> dict[str, Any]:
     return {"folder": str(home), "written": written, "free": free, "missing": max(0, written - free)}
 
 
-def _engines(source: Source) -> dict[str, str]:
+def _engines(source: Source, entries: dict[str, Entry]) -> dict[str, str]:
     """What can load the result, and what it takes."""
+    from ..formats.engine import engine, engines
     from .ui import size
 
     dense = size(sum(source.info(name).nbytes for name in source.names()))
-    return {"transformers": "after `import acc`", "any other": f"after acc export --to dense, at {dense}"}
+    found = {"transformers": "after `import acc`"}
+    for name in engines():
+        try:
+            one = engine(name)(source)
+            refused = next((why for key, entry in entries.items() if (why := one.refuses(key, entry))), None)
+        except ValueError as error:
+            refused = str(error)
+        if refused is None:
+            found[name] = f"after acc export --to {name}"
+    return found | {"any other": f"after acc export --to dense, at {dense}"}
 
 
 MOMENTS = {

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..calibrate.base import Statistic
 from ..calibrate.hessian import inverse_factor, normalised
 from ..formats.bcq import BcqWeight
-from .base import Event, Method
+from .base import Event, Method, around
 
 BLOCK = 128  # columns whose errors reach the columns after them in one matrix product
 TINY = 1e-30
@@ -58,6 +58,10 @@ class LutGemm(Method):
     @property
     def needs(self) -> tuple[str, ...]:  # pyright: ignore[reportIncompatibleVariableOverride]
         return ("hessian",) if self.activation_aware else ()
+
+    def alternatives(self, bits: float) -> list[LutGemm]:
+        sizes = itertools.product(around(bits), (32, 64, 128))
+        return [self.model_copy(update={"bits": code, "group_size": group}) for code, group in sizes]
 
     def prepare(self, statistics: dict[str, Statistic], event: Event) -> Prepared | None:
         if not self.activation_aware:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 
 from ..calibrate.stream import Stream
+from ..formats.base import Entry, format_of
 from .recipe import Recipe, Step
 
 OVERHEAD = 128  # bytes of a safetensors header for each tensor, about
@@ -31,6 +33,20 @@ def sizes(chosen: Mapping[str, Step], stream: Stream) -> dict[str, int]:
             except ValueError as error:
                 raise ValueError(f"{matrix.name} {matrix.shape}: {error}; leave it out with --ignore") from None
         found[matrix.tensor] += known[key]
+    return found
+
+
+def planned_entries(chosen: Mapping[str, Step], stream: Stream) -> dict[str, Entry]:
+    """How each packed tensor would be described: shape and scheme, before any data."""
+    skeleton = stream.skeleton
+    blocks = [skeleton.matrices(index) for index in range(len(skeleton.layers))]
+    found: dict[str, Entry] = {}
+    stacked = Counter(m.tensor for block in blocks for m in block if m.part is not None)
+    for matrix in (matrix for block in [*blocks, skeleton.outer_matrices()] for matrix in block):
+        if matrix.tensor in chosen and matrix.tensor not in found:
+            scheme, _ = chosen[matrix.tensor].settings.planned(matrix.shape)
+            stack = stacked.get(matrix.tensor)
+            found[matrix.tensor] = Entry(format_of(scheme), matrix.shape, scheme, stack, matrix.transposed)
     return found
 
 
