@@ -23,7 +23,7 @@ MARGIN = 0.99  # of the bytes, where outliers decide how many there will be
 def parse_size(text: str) -> int:
     """`6GiB`, `6G`, `800 MB` -> bytes; GB is taken as 10^9, GiB and G as 2^30. Raises ValueError."""
     found = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([KMGT]?)(i?)B?\s*", text, re.IGNORECASE)
-    if found is None:
+    if found is None or float(found[1]) <= 0:
         raise ValueError(f"--fit {text}: expected a size such as 6GiB or 800MB")
     number, unit, binary = found.groups()
     power = UNITS[unit.upper()]

@@ -54,7 +54,7 @@ def test_another_engines_checkpoint_is_a_model(capsys, packed, tmp_path, to):
 def test_errors_are_one_line_and_leave_nothing(capsys, packed, tmp_path):
     out = tmp_path / "out"
     cases = {
-        "there is dense, bnb, compressed-tensors, gptq, spqr-hf": ["export", packed, out, "--to", "exl3"],
+        "there is dense, bcq, bnb, compressed-tensors, gptq, spqr-hf": ["export", packed, out, "--to", "exl3"],
         "it is packed as grouped, and bitsandbytes has nf4 and int8": ["export", packed, out, "--to", "bnb"],
         "the model is not packed": ["export", "demo", out, "--to", "gptq"],
     }

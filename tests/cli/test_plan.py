@@ -45,6 +45,19 @@ def test_what_is_printed(capsys, checkpoint):
     assert all(len(line) <= 80 for line in out.splitlines() if not line.startswith(("Model", "Next")))
 
 
+def test_it_names_who_could_load_the_result(capsys, checkpoint):
+    def engines(*words) -> set[str]:
+        code, out, err = call(capsys, "plan", checkpoint("llama"), *words, "--json")
+        assert code == 0, err
+        return set(json.loads(out)["engines"]) - {"transformers", "any other"}
+
+    assert engines("--method", "rtn", "--bits", "4", "--group-size", "32") == {"gptq", "compressed-tensors", "bcq"}
+    assert engines("--method", "rtn", "--bits", "5", "--group-size", "32") == {"compressed-tensors", "bcq"}
+    assert engines("--method", "gptq", "--bits", "4", "--group-size", "-1") >= {"gptq", "compressed-tensors"}
+    assert engines("--bits", "3") == set()
+    assert engines("--bits", "3", "--stat-group-size", "16") == {"spqr-hf"}
+
+
 def test_the_most_bits_that_fit(capsys, checkpoint):
     """One byte less than what b bits take leaves b - 1."""
     model, words = checkpoint("llama"), ["--method", "rtn", "--group-size", "32", "--json"]
