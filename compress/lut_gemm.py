@@ -362,7 +362,7 @@ def alternate(weights: Tensor, importance: Tensor, scales: Tensor, rounds: int) 
 def least_squares(weights: Tensor, importance: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
     """Scales `[O, bits + 1]` of least error for given signs, codes int64 `[g, O]`.
 
-    The normal equations need but two sums per code, of the importance and of the weights (spec (h)): O(g), whatever the
+    The normal equations need but two sums per code, of the importance and of the weights: O(g), whatever the
     number of planes. Solved for the change from `scales`, which so stay where the signs say nothing of them.
     """
     table = signs(scales.shape[1] - 1, weights.device)
