@@ -213,7 +213,7 @@ def test_statistics_beyond_the_limit_wait_for_another_pass(checkpoint):
     step = dict.fromkeys((matrix.tensor for matrix in wanted), chosen.steps[0])
     one = 4 * (64**2 + 96**2)
     for limit, passes in ((4 * one, 1), (2 * one, 2), (one, 4)):
-        groups = apply_module._passes(wanted, step, limit)
+        groups = apply_module.passes(wanted, step, limit)
         assert len(groups) == passes
         assert [matrix for group in groups for matrix in group] == wanted
 
