@@ -100,9 +100,9 @@ def _show(screen: Screen, table: Table, scaled: bool) -> None:
         mine = [c for c in table.choices if (c.method, c.settings) == (step.method, step.settings)]
         share = sum(choice.part.weights for choice in mine) / weights
         stored = 8 * sum(c.nbytes for c in mine) / sum(c.part.weights for c in mine)
-        rows.append([describe(step), str(len(step.targets)), percent(share), f"{stored:.2f}"])
+        rows.append([describe(step).partition(", ")[2], str(len(step.targets)), percent(share), f"{stored:.2f}"])
     screen.line()
-    screen.table("", ["setting", "tensors", "of the weights", "stored bits"], sorted(rows))
+    screen.table("", [table.choices[0].method, "tensors", "weights", "bits"], sorted(rows))
     unit = "nats per token" if scaled else "of the blocks' outputs"
     screen.line(f"\nExpected loss {table.loss:.4g} {unit}; no table of this size has less than {table.bound:.4g}")
 
