@@ -103,8 +103,9 @@ def _show(screen: Screen, table: Table, scaled: bool) -> None:
         rows.append([describe(step).partition(", ")[2], str(len(step.targets)), percent(share), f"{stored:.2f}"])
     screen.line()
     screen.table("", [table.choices[0].method, "tensors", "weights", "bits"], sorted(rows))
-    unit = "nats per token" if scaled else "of the blocks' outputs"
-    screen.line(f"\nExpected loss {table.loss:.4g} {unit}; no table of this size has less than {table.bound:.4g}")
+    unit = "nats per token" if scaled else "of the outputs"
+    screen.line()
+    screen.field("Expected", f"{table.loss:.4g} {unit} lost; no table of this size has less than {table.bound:.4g}")
 
 
 def _record(table: Table, limit: int, scaled: bool) -> dict[str, Any]:
