@@ -42,6 +42,7 @@ def quantize(
     The chosen method's own settings are options as well, e.g. --group-size 32; `acc show METHOD` lists them.
     """
     from ..compress.recipe import Recipe, configure
+    from ..formats.store import Store
     from ..registry import listing
     from .base import check_device, check_dtype, show_text
     from .packing import calibration, calibration_text, open_dense, pack
@@ -72,9 +73,10 @@ def quantize(
             ],
         }
     )
-    screen = Screen(as_json)
+    screen, folder = Screen(as_json), out or default_name(source, method, f"{bits:g}" if fit is None else fit)
     text, papers = None, {}
     if mixed:
+        Store.check(folder, resume=resume, overwrite=overwrite)  # before minutes of measuring
         text = calibration_text(recipe, source)
         show_text(screen, text)
         size = None if fit is None else parse_size(fit)
@@ -84,7 +86,7 @@ def quantize(
         screen,
         recipe,
         source,
-        out or default_name(source, method, f"{bits:g}" if fit is None else fit),
+        folder,
         batch=batch,
         device=device,
         spill=spill,
