@@ -88,7 +88,7 @@ class SpQR(Method):
                 packed.append(self.encode(codes[:, span], [g.of(span) for g in grids], deltas[:, span], prepared[m]))
         return packed
 
-    def encode(self, codes: Tensor, grids: list[Grid], deltas: Tensor, prepared: Prepared) -> SpQRWeight:
+    def encode(self, codes: Tensor, grids: list[GroupGrid], deltas: Tensor, prepared: Prepared) -> SpQRWeight:
         """codes and deltas `[I, O]` in packed order, a grid per group of inputs."""
         column, row = deltas.nonzero(as_tuple=True)
         return SpQRWeight.encode(
@@ -163,7 +163,9 @@ def stat_dtype(weight: Tensor, event: Event) -> torch.dtype:
     return torch.bfloat16
 
 
-def solve(columns: Tensor, matrices: Matrices, settings: SpQR, dtype: torch.dtype) -> tuple[Tensor, list[Grid], Tensor]:
+def solve(
+    columns: Tensor, matrices: Matrices, settings: SpQR, dtype: torch.dtype
+) -> tuple[Tensor, list[GroupGrid], Tensor]:
     """The column loop over `columns [I, O]`, which is overwritten with what `dequantize` will return.
 
     Returns codes uint8 `[I, O]`, a grid per group, and corrections `[I, O]` in `dtype`, zero for all but outliers.
@@ -175,7 +177,7 @@ def solve(columns: Tensor, matrices: Matrices, settings: SpQR, dtype: torch.dtyp
     ]
     price = torch.cat(prices, 1)  # [I, M]
     codes, deltas = torch.empty_like(columns, dtype=torch.uint8), torch.zeros_like(columns, dtype=dtype)
-    grids: list[Grid] = []
+    grids: list[GroupGrid] = []
     tolerance: list[Tensor | None] = []
 
     def fit_group(group: slice, weigh: Tensor) -> None:
@@ -202,7 +204,7 @@ def kept_from(columns: Tensor, importance: Tensor, dead: Tensor, relative: float
     return torch.where(dead, torch.inf, tau)
 
 
-def round_column(column: Tensor, code: Tensor, delta: Tensor, grid: Grid, tolerance: Tensor | None) -> Tensor:
+def round_column(column: Tensor, code: Tensor, delta: Tensor, grid: GroupGrid, tolerance: Tensor | None) -> Tensor:
     """Quantises `column [O]` in place, writes its codes and corrections, and returns what was lost."""
     value = (column / grid.step).add_(grid.zero).round_().clamp_(0, grid.top)
     code.copy_(value)
@@ -220,7 +222,7 @@ def sweep(
     exact: Tensor,
     codes: Tensor,
     deltas: Tensor,
-    grids: list[Grid],
+    grids: list[GroupGrid],
     matrices: Matrices,
     group_size: int,
 ) -> None:
@@ -237,7 +239,7 @@ def sweep(
 
 
 @dataclass(frozen=True)
-class Grid:
+class GroupGrid:
     """The values `scale · (code - zero)`, code 0 to `top`, that the weights of one group may take, row by row."""
 
     scale: Tensor  # fp32 [O]
@@ -249,14 +251,14 @@ class Grid:
     stat: Tensor  # [ceil(O / stat_group_size), 4]
     share: int  # stat_group_size
 
-    def of(self, rows: slice) -> Grid:
+    def of(self, rows: slice) -> GroupGrid:
         """The same for some of the rows, whole second-level groups of them."""
         stat = self.stat[rows.start // self.share : -(-rows.stop // self.share)]
         scale, zero, step = self.scale[rows], self.zero[rows], self.step[rows]
-        return Grid(scale, zero, step, self.top, self.scale_codes[rows], self.zero_codes[rows], stat, self.share)
+        return GroupGrid(scale, zero, step, self.top, self.scale_codes[rows], self.zero_codes[rows], stat, self.share)
 
 
-def fit(group: Tensor, importance: Tensor, price: Tensor, settings: SpQR, dtype: torch.dtype) -> Grid:
+def fit(group: Tensor, importance: Tensor, price: Tensor, settings: SpQR, dtype: torch.dtype) -> GroupGrid:
     """`group [g, O]`, importance and price `[g, O]` or `[g, 1]` -> the grid of each row, its statistics as stored."""
     top, share = (1 << settings.bits) - 1, settings.stat_group_size
     low, high = group.amin(0), group.amax(0)
@@ -275,7 +277,7 @@ def fit(group: Tensor, importance: Tensor, price: Tensor, settings: SpQR, dtype:
     scale_codes, zero_codes = search(group, importance, price, top, scales, zeros, scale_codes, zeros.nearest(zero))
     scale, zero = scales.value(scale_codes), zeros.value(zero_codes)
     stat = torch.stack([scales.scale, scales.zero, zeros.scale, zeros.zero], -1)
-    return Grid(scale, zero, scale.clamp(min=TINY), top, scale_codes.byte(), zero_codes.byte(), stat, share)
+    return GroupGrid(scale, zero, scale.clamp(min=TINY), top, scale_codes.byte(), zero_codes.byte(), stat, share)
 
 
 def even_grid(low: Tensor, high: Tensor, top: int) -> tuple[Tensor, Tensor]:
