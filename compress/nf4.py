@@ -10,10 +10,11 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ..calibrate.base import Statistic
-from ..calibrate.hessian import inverse_factor, normalised
+from ..calibrate.hessian import normalised
 from ..formats.nf4 import Nf4Weight
 from ..kernels.nf4 import BLOCK, NESTED, block_scales, dynamic_map, levels
 from .base import Event, Method
+from .descent import Matrices, Prepared, feed_forward
 
 SHARES = [0.7 + 0.025 * step for step in range(15)]  # of a block's greatest weight, to 1.05
 LEAST = 1e-38  # a block of zeros is divided by this
@@ -50,23 +51,24 @@ class Nf4(Method):
     def needs(self) -> tuple[str, ...]:  # pyright: ignore[reportIncompatibleVariableOverride]
         return ("hessian",) if self.activation_aware else ()
 
-    def prepare(self, statistics: dict[str, Statistic], event: Event) -> Tensor | None:
+    def prepare(self, statistics: dict[str, Statistic], event: Event) -> Prepared | None:
         if not self.activation_aware:
             return None
-        return inverse_factor(normalised(statistics["hessian"], event), self.damp_percent, event)
+        hessian = normalised(statistics["hessian"], event)
+        return Prepared.of(hessian, torch.arange(len(hessian), device=hessian.device), self.damp_percent, event)
 
-    def compress(self, weight: Tensor, prepared: Tensor | None, event: Event) -> Nf4Weight:
+    def compress(self, weight: Tensor, prepared: Prepared | None, event: Event) -> Nf4Weight:
         if prepared is not None and weight.shape[1] % BLOCK:
             event("rounding", reason=f"{weight.shape[1]} inputs are no multiple of {BLOCK}")
             prepared = None
         blocks = in_blocks(weight.float())
         absmax = blocks.abs().amax(1)
         if prepared is not None:
-            absmax = best_scales(blocks, absmax, prepared.diagonal())
+            absmax = best_scales(blocks, absmax, prepared.factor.diagonal())
         stored = nested(absmax) if self.double_quant else (absmax, None, None)
         scales = block_scales(*stored)
         if prepared is not None:
-            codes = feed_forward(weight.float(), scales.view(len(weight), -1), prepared)
+            codes = made_up_for(weight.float(), scales.view(len(weight), -1), prepared)
         else:
             codes = nearest(blocks, scales).view(-1)[: weight.numel()].view(weight.shape)
         return Nf4Weight.encode(codes, *stored)
@@ -91,18 +93,20 @@ def best_scales(blocks: Tensor, absmax: Tensor, diagonal: Tensor) -> Tensor:
     return best
 
 
-def feed_forward(weight: Tensor, scales: Tensor, factor: Tensor) -> Tensor:
-    """`W [O, I]`, scales `[O, I / 64]`, the inverse Hessian's factor U `[I, I]` -> codes `[O, I]`; GPTQ's loop."""
+def made_up_for(weight: Tensor, scales: Tensor, prepared: Prepared) -> Tensor:
+    """`W [O, I]`, scales `[O, I / 64]` -> codes `[O, I]`, each input's error made up for by those after it."""
     columns, values = weight.T.contiguous(), levels(weight.device)
     codes = torch.empty_like(columns, dtype=torch.uint8)
-    for first in range(0, len(columns), BLOCK):
-        last, scale = first + BLOCK, scales[:, first // BLOCK]
-        errors = torch.empty_like(columns[first:last])
-        for j in range(first, last):
-            codes[j] = nearest(columns[j, :, None], scale)[:, 0]
-            errors[j - first] = (columns[j] - values[codes[j].int()] * scale) / factor[j, j]
-            columns[j + 1 : last].addr_(factor[j, j + 1 : last], errors[j - first], alpha=-1)
-        columns[last:].addmm_(factor[first:last, last:].T, errors, alpha=-1)
+
+    def round_(j: int, column: Tensor) -> Tensor:
+        scale = scales[:, j // BLOCK]
+        codes[j] = nearest(column[:, None], scale)[:, 0]
+        value = values[codes[j].int()] * scale
+        error = column - value
+        column.copy_(value)
+        return error
+
+    feed_forward(columns, Matrices([prepared], [len(weight)]), BLOCK, lambda group, importance: None, round_)
     return codes.T.contiguous()
 
 
