@@ -105,7 +105,7 @@ def _bug(kind: type[BaseException], error: BaseException, trace: TracebackType |
 
 def _options(command: object) -> list[str]:
     own = [name for parameter in getattr(command, "params", []) for name in parameter.opts]
-    return [*own, *getattr(command, "method_options", ())]
+    return list(dict.fromkeys([*own, *getattr(command, "method_options", ())]))
 
 
 def _overview(known: dict[str, str]) -> None:

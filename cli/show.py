@@ -26,7 +26,7 @@ def show(
         for folder, title in FOLDERS.items():
             screen.line(f"{title}")
             for entry, line in found[folder].items():
-                screen.field(f"  {entry}", line)
+                screen.field(f"  {entry.replace('_', '-')}", line)
         found["exports"] = {"dense": "Plain weights."} | _exports()
         screen.line("Exports")
         for entry, line in found["exports"].items():

@@ -52,7 +52,8 @@ class Screen:
 
     def field(self, label: str, text: str) -> None:
         """A label and what it says, wrapped beside it."""
-        self.line(textwrap.fill(text, WIDTH, initial_indent=f"{label:<10}", subsequent_indent=" " * 10))
+        start = f"{label:<10}" if len(label) < 10 else f"{label}  "
+        self.line(textwrap.fill(text, WIDTH, initial_indent=start, subsequent_indent=" " * 10))
 
     def prose(self, text: str) -> None:
         """Paragraphs, wrapped anew; one that is indented somewhere stays as it is."""
