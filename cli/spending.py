@@ -71,13 +71,14 @@ def spend(
     if len(settings) < 2:
         raise ValueError(f"{step.method} has no settings around {wanted:.2f} bits that a budget could choose among")
     first, rest = text.batches[:1, :PROBE], text.batches[1:].flatten()
-    rest = rest[: TOKENS // first.shape[1] * first.shape[1] - first.shape[1]].view(-1, first.shape[1])
+    length = first.shape[1]
+    rest = rest[: min(len(rest), TOKENS - length) // length * length].view(-1, length)
     with Meter(screen) as meter:
         options = measure(
             rewritten,
             targets,
             [(step.method, one) for one in settings],
-            [first, *rest.split(max(1, 4096 // first.shape[1]))],
+            [first, *(rest.split(max(1, 4096 // length)) if len(rest) else ())],
             bits=wanted if scaled else None,
             per_expert=per_expert,
             device=device,

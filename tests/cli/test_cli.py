@@ -166,6 +166,13 @@ def test_a_budget_mixes_bits(capsys, model, text, tmp_path):
     assert "kl or output" in one_line(capsys, 2, *words, "--sensitivity", "all")
 
 
+@pytest.mark.parametrize(("nsamples", "seqlen"), [(1, 48), (3, 200)])
+def test_a_budget_takes_any_sequences(capsys, model, text, tmp_path, monkeypatch, nsamples, seqlen):
+    monkeypatch.setattr("acc.cli.spending.PROBE", 64)
+    words = ["quantize", model, tmp_path / "mix", "--method", "rtn", "--bits", "3.2", "--data", text]
+    assert call(capsys, *words, "--nsamples", nsamples, "--seqlen", seqlen)[0] == 0
+
+
 def test_settings_of_the_method_are_options(capsys, model, tmp_path):
     code, out, _ = call(capsys, "quantize", model, tmp_path / "a", "--method", "rtn", "--group-size=8", "--json")
     assert code == 0
