@@ -113,8 +113,9 @@ class PackedWeight(ABC):
         raise NotImplementedError
 
     def tensors(self) -> dict[str, Tensor]:
-        """`{suffix: tensor}`; the suffix is appended to the dense tensor's own name."""
-        return {suffix: getattr(self, field) for field, suffix in self.suffixes.items()}
+        """`{suffix: tensor}`; the suffix is appended to the dense tensor's own name. A field that is None is not stored."""
+        stored = {suffix: getattr(self, field) for field, suffix in self.suffixes.items()}
+        return {suffix: tensor for suffix, tensor in stored.items() if tensor is not None}
 
     @classmethod
     def from_tensors(cls, tensors: dict[str, Tensor], shape: tuple[int, int], scheme: Scheme) -> PackedWeight:
@@ -131,7 +132,7 @@ class PackedWeight(ABC):
                     f"{cls.name}: tensor {suffix or 'codes'!r} is {tuple(have.shape)} {have.dtype}, "
                     f"expected {size} {dtype}"
                 )
-        return cls(shape=(shape[0], shape[1]), scheme=scheme, **{f: tensors[s] for f, s in cls.suffixes.items()})
+        return cls(shape=(shape[0], shape[1]), scheme=scheme, **{f: tensors.get(s) for f, s in cls.suffixes.items()})
 
     @classmethod
     def stack(cls, parts: Sequence[PackedWeight]) -> dict[str, Tensor]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, ClassVar
@@ -98,13 +97,6 @@ class BcqWeight(PackedWeight):
         scheme = {"bits": bits, "group_size": size, "scales": "even", "scale_dtype": stored}
         kind = DTYPES[stored]
         return cls.encode(_reversed(grid.codes, bits), grid.scale.to(kind), offset.to(kind), None, scheme)
-
-    def tensors(self) -> dict[str, Tensor]:
-        return {suffix: tensor for suffix, tensor in super().tensors().items() if tensor is not None}
-
-    @classmethod
-    def from_tensors(cls, tensors: dict[str, Tensor], shape: tuple[int, int], scheme: Scheme) -> PackedWeight:
-        return super().from_tensors(defaultdict(lambda: None, tensors), shape, scheme)  # pyright: ignore[reportArgumentType]
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         return bcq_weight(**self.operands(), **self.numbers(), columns=self.shape[1]).to(dtype).contiguous()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, ClassVar
@@ -59,13 +58,6 @@ class GroupedWeight(PackedWeight):
             scale=scale.contiguous(),
             zero=None if zero is None else pack_stream(zero, bits),
         )
-
-    def tensors(self) -> dict[str, Tensor]:
-        return {suffix: tensor for suffix, tensor in super().tensors().items() if tensor is not None}
-
-    @classmethod
-    def from_tensors(cls, tensors: dict[str, Tensor], shape: tuple[int, int], scheme: Scheme) -> PackedWeight:
-        return super().from_tensors(defaultdict(lambda: None, tensors), shape, scheme)  # pyright: ignore[reportArgumentType]
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         return grouped_weight(**self.operands(), **self.numbers(), columns=self.shape[1]).to(dtype).contiguous()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, ClassVar
@@ -67,13 +66,6 @@ class Nf4Weight(PackedWeight):
             nested_absmax=nested_absmax,
             offset=offset,
         )
-
-    def tensors(self) -> dict[str, Tensor]:
-        return {suffix: tensor for suffix, tensor in super().tensors().items() if tensor is not None}
-
-    @classmethod
-    def from_tensors(cls, tensors: dict[str, Tensor], shape: tuple[int, int], scheme: Scheme) -> PackedWeight:
-        return super().from_tensors(defaultdict(lambda: None, tensors), shape, scheme)  # pyright: ignore[reportArgumentType]
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         return nf4_weight(**self.operands(), rows=self.shape[0], columns=self.shape[1]).to(dtype)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, ClassVar
@@ -100,13 +99,6 @@ class SpQRWeight(PackedWeight):
             outlier_column=column,
             outlier_value=value.to(stat.dtype),
         )
-
-    def tensors(self) -> dict[str, Tensor]:
-        return {suffix: tensor for suffix, tensor in super().tensors().items() if tensor is not None}
-
-    @classmethod
-    def from_tensors(cls, tensors: dict[str, Tensor], shape: tuple[int, int], scheme: Scheme) -> PackedWeight:
-        return super().from_tensors(defaultdict(lambda: None, tensors), shape, scheme)  # pyright: ignore[reportArgumentType]
 
     @classmethod
     def unstack(
