@@ -113,7 +113,7 @@ class PackedWeight(ABC):
         raise NotImplementedError
 
     def tensors(self) -> dict[str, Tensor]:
-        """`{suffix: tensor}`; the suffix is appended to the dense tensor's own name. A field that is None is not stored."""
+        """`{suffix: tensor}`; the suffix is appended to the dense tensor's own name. A field that is None has none."""
         stored = {suffix: getattr(self, field) for field, suffix in self.suffixes.items()}
         return {suffix: tensor for suffix, tensor in stored.items() if tensor is not None}
 
