@@ -14,7 +14,7 @@ from typing import Any
 
 ENTRY_BASES = {
     "formats": {"PackedWeight"},
-    "calibrate": {"Statistic"},
+    "calibrate": {"Statistic", "Pass"},
     "compress": {"Method", "Rewrite"},
 }
 

@@ -1,13 +1,20 @@
-"""What a statistic is: a small sum over tokens that can be cut in pieces, added up, saved and continued."""
+"""What a statistic is: a small sum over tokens that can be cut in pieces, added up, saved and continued; and what a
+pass is, which learns of the attention of a model while it streams past."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+from pydantic import BaseModel, ConfigDict
 from torch import Tensor
+
+from ..formats.model import AttentionLayer
+from ..formats.source import Source
+from .prompts import Prompt
 
 
 def squares(delta: Tensor) -> float:
@@ -57,3 +64,76 @@ class Statistic(ABC):
     @abstractmethod
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """The inverse of `state_dict`."""
+
+
+@dataclass(frozen=True)
+class Attended:
+    """What the attention of one layer was given for one prompt; all on the device that the model runs on.
+
+    Query head `h` of `H` reads the keys of head `h // (H / Hkv)`. Scores are `scaling · q kᵀ`, causal, softmax in fp32.
+    """
+
+    layer: AttentionLayer
+    prompt: Prompt
+    query: Tensor  # [H, T, D], after norms and position embedding
+    key: Tensor  # [Hkv, T, D], the same
+    value: Tensor  # [Hkv, T, Dv]
+    scaling: float
+    projection: Tensor | None  # [hidden, H * Dv], of the heads' outputs; None where no linear layer projects them
+    residual: Tensor  # [T, hidden], what the block was given
+
+
+class Learner(ABC):
+    """What a pass gathers of one layer. A few tensors whose size does not depend on how much text went by."""
+
+    @abstractmethod
+    def see(self, attended: Attended) -> None:
+        """Takes one prompt; each prompt of the pass' kinds comes once."""
+
+    @abstractmethod
+    def result(self) -> dict[str, Tensor]:
+        """What was learned of the layer, for `Pass.conclude`; written to disk, so that a killed run goes on from it."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """The model that is calibrated, for what a pass concludes after the last layer."""
+
+    source: Source
+    layers: list[AttentionLayer]  # every decoder layer
+    prompts: list[Prompt]
+    dtype: torch.dtype | None  # that blocks are run in; None: the model's own
+    device: str
+    tick: Callable[[float], None]  # told which share of the conclusion is done
+
+    @property
+    def open(self) -> list[AttentionLayer]:
+        """The layers that are calibrated."""
+        return [layer for layer in self.layers if layer.refused is None]
+
+
+@dataclass(frozen=True)
+class Learned:
+    """What a pass has to say: tensors over all layers (rows of layers that are left alone hold what the pass documents
+    as neutral), a JSON-simple summary, and events, which are departures from what was asked."""
+
+    tensors: dict[str, Tensor]
+    summary: dict[str, Any]
+    events: tuple[str, ...] = ()
+
+
+class Pass(BaseModel, ABC):
+    """Something to learn of a model's attention; frozen, and its own configuration. All passes of a run share one
+    stream."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kinds: ClassVar[tuple[str, ...]] = ("text",)  # of prompts that it looks at, see `Prompt.kind`
+
+    @abstractmethod
+    def learner(self, layer: AttentionLayer) -> Learner:
+        """What gathers while the layer runs. Called once for each layer that is calibrated."""
+
+    @abstractmethod
+    def conclude(self, subject: Subject, found: Mapping[int, dict[str, Tensor]]) -> Learned:
+        """From the results of all learners, by layer index, to what is stored."""

@@ -191,6 +191,7 @@ class Block:
         self.tensors = StoredTensors(stream.source, self.names)
         self.matrices = stream.skeleton.matrices(index)
         self.outputs: Hidden | None = None
+        self.running = 0  # which batch is being run
         self._stream = stream
         self._calls = calls
         self._module: nn.Module | None = None
@@ -244,6 +245,15 @@ class Block:
         result = self._load()(self._stream._hidden[batch] if hidden is None else hidden, *args, **kwargs)
         return result[0] if isinstance(result, tuple) else result
 
+    def inputs(self, batch: int) -> Tensor:
+        """The hidden states `[B, T, H]` with which a batch arrives."""
+        return self._stream._hidden[batch]
+
+    def module(self, path: str) -> nn.Module:
+        """A module of the block by its path in the model, with its weights."""
+        self._load()
+        return self._stream.skeleton.model.get_submodule(path)
+
     def places(self, matrices: list[Matrix]) -> list[tuple[nn.Parameter, Callable[[Tensor], Tensor]]]:
         """Where each matrix is while the block runs, and what cuts it `[O, I]` out of such a tensor."""
         self._load()
@@ -264,7 +274,7 @@ class Block:
     def _outputs(self) -> Iterator[Tensor]:
         self._load()
         for index, batch in enumerate(self._stream._batches):
-            self._current = batch
+            self.running, self._current = index, batch
             output = None
             with self._stream.clock.phase("forward"), contextlib.suppress(_SeenAll):
                 output = self.forward(index)
@@ -369,7 +379,7 @@ class Statistics:
     def ensure(self, key: Key, features: int) -> dict[str, Statistic]:
         """The statistics of an input, empty ones if nothing reached it."""
         if key not in self.of_input:
-            self.of_input[key] = {n: lookup("calibrate", n)(features, self.device) for n in self.names}
+            self.of_input[key] = {n: lookup("calibrate", n, "Statistic")(features, self.device) for n in self.names}
         return self.of_input[key]
 
     def update(self, key: Key, x: Tensor) -> None:

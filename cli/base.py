@@ -57,11 +57,11 @@ class MethodCommand(typer.core.TyperCommand):
                 if not args or args[0] in fields or args[0] in own:
                     raise ValueError(f"{name} needs a value")
                 value = args.pop(0)
-            found[fields[name]] = _parsed(value)
+            found[fields[name]] = parsed(value)
         return rest, found
 
 
-def _parsed(text: str) -> int | float | bool | str | None:
+def parsed(text: str) -> int | float | bool | str | None:
     """A value as typed in a shell; what a method's field makes of it is the field's business."""
     for kind in (int, float):
         with contextlib.suppress(ValueError):

@@ -13,6 +13,7 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -59,6 +60,18 @@ class Target:
 
     parameter: str  # the module's parameter
     pattern: str | None  # the conversion that brings it there, None for a plain renaming
+
+
+@dataclass(frozen=True)
+class AttentionLayer:
+    """The softmax attention of one decoder layer: query head `h` reads the keys of head `h // (heads // kv_heads)`."""
+
+    index: int
+    path: str  # of the module; "" where there is none
+    heads: int
+    kv_heads: int
+    head_dim: int  # of queries and keys
+    refused: str | None  # why nothing is calibrated or made sparse in it
 
 
 class Resolved:
@@ -410,6 +423,10 @@ class Skeleton:
             for layer in self.layers:
                 layer.__dict__.pop("forward", None)
 
+    def attention_layers(self) -> list[AttentionLayer]:
+        """The attention of every decoder layer, in order, as its module and the config describe it."""
+        return [attention_layer(self.model.config, self.layers, self.prefix, i) for i in range(len(self.layers))]
+
     # The linear, experts and attention seams
 
     @contextlib.contextmanager
@@ -464,16 +481,60 @@ class Skeleton:
         `query [B, H, T, D]` and `key, value [B, Hkv, S, D]` after position embedding. Outputs are unchanged.
 
         Raises ValueError for a model whose attention cannot be observed."""
-        base = self.model.config._attn_implementation
+
+        def run(dense: Callable, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any):
+            see(module, query, key, value, mask, **kwargs)
+            return dense(module, query, key, value, mask, **kwargs)
+
+        with self.replace_attention(run):
+            yield
+
+    @contextlib.contextmanager
+    def replace_attention(self, run: Callable[..., tuple[Tensor, Tensor | None]]) -> Iterator[None]:
+        """`run(dense, module, query, key, value, attention_mask, **kwargs) -> (output [B, T, H, D], weights or None)`
+        takes the place of every softmax attention, which is `dense(module, query, ...)`; shapes as above. Inside
+        another such context `dense` is what the outer one runs.
+
+        Raises ValueError for a model whose attention cannot be observed."""
+        base = self.model.config._attn_implementation.removeprefix("acc_")
         if base not in ("sdpa", "eager") or not self.model._can_set_attn_implementation():
             raise ValueError(f"{self.family}: attention of kind {base!r} cannot be observed")
         self.model.set_attn_implementation(f"acc_{base}")
-        _ATTENTION_OBSERVERS.append(see)
+        _ATTENTION_RUNS.append(run)
         try:
             yield
         finally:
-            _ATTENTION_OBSERVERS.remove(see)
-            self.model.set_attn_implementation(base)
+            _ATTENTION_RUNS.remove(run)
+            if not _ATTENTION_RUNS:
+                self.model.set_attn_implementation(base)
+
+
+def attention_layer(config: Any, layers: nn.ModuleList, prefix: str, index: int) -> AttentionLayer:
+    """The attention of decoder layer `index`; `layers` stand at `prefix` in the model that `config` describes."""
+    config = config.get_text_config(decoder=True)
+    named = ((n, m) for n, m in layers[index].named_modules() if hasattr(m, "layer_idx"))
+    name, module = next(((n, m) for n, m in named if "Attention" in type(m).__name__), ("", None))
+    heads = config.num_attention_heads
+    if module is None:
+        other = [type(m).__name__ for m in layers[index].children()][:1]
+        return AttentionLayer(index, "", heads, 0, 0, f"no softmax attention, but {', '.join(other)}")
+    kinds = getattr(config, "layer_types", None)
+    kind = kinds[index] if kinds else "full_attention"
+    window = module.sliding_window if hasattr(module, "sliding_window") else getattr(config, "sliding_window", None)
+    refused = None
+    if hasattr(module, "kv_lora_rank"):
+        refused = "multi-head latent attention (MLA), which keeps no keys per head"
+    elif kind != "full_attention":
+        refused = kind.replace("_", " ") + (f" over {window} tokens, sparse already" if window else "")
+    elif window and window < config.max_position_embeddings:
+        refused = f"sliding attention over {window} tokens, sparse already"
+    elif getattr(module, "sinks", None) is not None:
+        refused = "learned sinks in its softmax"
+    elif getattr(module, "attn_logit_softcapping", None):
+        refused = "capped attention scores"
+    kv_heads = heads // getattr(module, "num_key_value_groups", 1)
+    head_dim = getattr(module, "head_dim", None) or config.hidden_size // heads
+    return AttentionLayer(index, f"{prefix}.{index}.{name}", heads, kv_heads, head_dim, refused)
 
 
 def linear_modules(folder: str, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> dict[str, str]:
@@ -507,7 +568,7 @@ def _bind(function: Callable, index: int) -> Callable:
 
 
 _EXPERT_OBSERVERS: list[Callable[[nn.Module, int, Role, Tensor, Tensor], None]] = []
-_ATTENTION_OBSERVERS: list[Callable[..., None]] = []
+_ATTENTION_RUNS: list[Callable[..., tuple[Tensor, Tensor | None]]] = []
 
 
 def run_experts(
@@ -590,20 +651,20 @@ def _tell_experts(module: nn.Module, expert: int, role: Role, tokens: Tensor, x:
         see(module, expert, role, tokens, x)
 
 
-def _observed_attention(base: str) -> Callable:
-    def attention(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any) -> Any:
-        for see in _ATTENTION_OBSERVERS:
-            see(module, query, key, value, attention_mask, **kwargs)
+def _open_attention(base: str) -> Callable:
+    def attention(module: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         if base == "eager":
             function = sys.modules[type(module).__module__].eager_attention_forward
         else:
             function = ALL_ATTENTION_FUNCTIONS[base]
-        return function(module, query, key, value, attention_mask, **kwargs)
+        for run in _ATTENTION_RUNS:
+            function = partial(run, function)
+        return function(module, *args, **kwargs)
 
     return attention
 
 
 ExpertsInterface.register("acc_stream", stream_experts)
 for _name, _mask in (("sdpa", sdpa_mask), ("eager", eager_mask)):
-    AttentionInterface.register(f"acc_{_name}", _observed_attention(_name))
+    AttentionInterface.register(f"acc_{_name}", _open_attention(_name))
     AttentionMaskInterface.register(f"acc_{_name}", _mask)

@@ -22,14 +22,14 @@ def close(one: Statistic, other: Statistic):
     torch.testing.assert_close(one.value(), other.value(), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", listing("calibrate"))
+@pytest.mark.parametrize("name", listing("calibrate", "Statistic"))
 def test_chunks_are_the_whole(name):
     whole = over(name, ROWS)
     assert whole.tokens == len(ROWS)
     close(over(name, *ROWS.split(7)), whole)
 
 
-@pytest.mark.parametrize("name", listing("calibrate"))
+@pytest.mark.parametrize("name", listing("calibrate", "Statistic"))
 def test_merging_commutes_and_is_the_whole(name):
     one, other = over(name, ROWS[:60]), over(name, ROWS[60:])
     one.merge(other)
@@ -40,14 +40,14 @@ def test_merging_commutes_and_is_the_whole(name):
     close(other, over(name, ROWS[60:]))  # what was merged in is as it was
 
 
-@pytest.mark.parametrize("name", listing("calibrate"))
+@pytest.mark.parametrize("name", listing("calibrate", "Statistic"))
 def test_merging_nothing_changes_nothing(name):
     one = over(name, ROWS)
     one.merge(over(name))
     close(one, over(name, ROWS))
 
 
-@pytest.mark.parametrize("name", listing("calibrate"))
+@pytest.mark.parametrize("name", listing("calibrate", "Statistic"))
 def test_state_survives_a_file(tmp_path, name):
     first = over(name, ROWS[:60])
     save_file(first.state_dict(), tmp_path / "state.safetensors")
@@ -59,7 +59,7 @@ def test_state_survives_a_file(tmp_path, name):
     assert torch.equal(resumed.value(), first.value())
 
 
-@pytest.mark.parametrize("name", listing("calibrate"))
+@pytest.mark.parametrize("name", listing("calibrate", "Statistic"))
 def test_input_is_not_touched(name):
     x = ROWS.clone()
     over(name, x)
