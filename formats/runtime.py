@@ -1,4 +1,4 @@
-"""Files of other sparse-attention runtimes: what of a calibration each can hold, how it is written, and how it is read."""
+"""Files of other sparse-attention runtimes: what of a calibration each can hold, how it is written and read."""
 
 from __future__ import annotations
 
