@@ -3,7 +3,8 @@
     python tests/bench/ablation.py MODEL --data CALIBRATION.txt --eval TEXT.txt --out tests/bench/results/NAME.json
 
 Every row is made by `acc quantize` in a process of its own and scored by `acc eval --base`: perplexity, its excess over
-the dense model's and the divergence from it, both in nats per token, stored bits. Rows that are in the output file are not made again.
+the dense model's and the divergence from it, both in nats per token, stored bits. Rows that are in the output file
+are not made again.
 """
 
 from __future__ import annotations
