@@ -129,10 +129,11 @@ def _launch(query: Tensor, key: Tensor, value: Tensor, index: Tensor, merged: Te
     part = query.new_empty(programs, splits, 2, queries, dtype=torch.float32)
     out = query.new_empty(programs, splits, queries, dim_v, dtype=torch.float32)
     dtype = torch.float32 if knobs.runtime.interpret else query.dtype
-    strides = dict(zip(("key_batch_stride", "key_head_stride", "key_token_stride"), key.stride(), strict=False))
-    strides |= dict(
-        zip(("value_batch_stride", "value_head_stride", "value_token_stride"), value.stride(), strict=False)
-    )
+    strides = {
+        f"{name}_{of}_stride": stride
+        for name, tensor in (("key", key), ("value", value))
+        for of, stride in zip(("batch", "head", "token"), tensor.stride(), strict=False)
+    }
     gather_kernel[programs, splits, tiles](
         query=query, key=key, value=value, index=index, part=part, out=out, length=key.shape[2], chosen=chosen,
         steps=steps, splits=splits, log2_scaling=scaling * log2(e), KV_HEADS=kv_heads, QUERIES=queries, T=count,
