@@ -5,6 +5,7 @@ from __future__ import annotations
 from math import gcd
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -13,18 +14,18 @@ def attention_gather(query: Tensor, key: Tensor, value: Tensor, index: Tensor, *
     Dv]`: `[B, H, T, Dv]` in the query's type, summed in fp32.
 
     The softmax runs over the chosen tokens alone. A KV head's `H / Hkv` query heads share its tokens. Query `t` stands
-    at position `S - T + t` and sees the chosen tokens up to it; `index` has to hold one such for each query, or NaN
-    comes out: the last T tokens do, see `chosen`. An index outside `[0, S)` is the caller's mistake.
+    at position `S - T + t` and sees the chosen tokens up to it. The caller sees to it that every index is in `[0, S)`,
+    and that each query has a token to see: the last T tokens are enough, see `chosen`.
     """
     batch, heads, count, dim = query.shape
-    grouped = query.reshape(batch, key.shape[1], -1, dim).float() * scaling  # [B, Hkv, H / Hkv · T, D]
-    score = grouped @ rows(key, index).mT.float()  # [B, Hkv, H / Hkv · T, N]
+    kv_heads, length = key.shape[1:3]
+    grouped = query.reshape(batch, kv_heads, -1, dim).float()  # [B, Hkv, H / Hkv · T, D]
+    seen = None
     if count > 1:
-        position = torch.arange(key.shape[2] - count, key.shape[2], device=key.device)
-        hidden = index[:, :, None] > position[:, None]  # [B, Hkv, T, N]
-        hidden = hidden.repeat(1, 1, heads // key.shape[1], 1)
-        score = score.masked_fill(hidden, -torch.inf)
-    out = score.softmax(-1) @ rows(value, index).float()
+        position = torch.arange(length - count, length, device=key.device)
+        seen = (index[:, :, None] <= position[:, None]).repeat(1, 1, heads // kv_heads, 1)  # [B, Hkv, H / Hkv · T, N]
+    keys, values = rows(key, index).float(), rows(value, index).float()
+    out = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=seen, scale=scaling)
     return out.view(batch, heads, count, -1).to(query.dtype)
 
 

@@ -1,4 +1,4 @@
-"""How much each cached token matters to a query, by the labels of the keys, and the tokens that matter most.
+"""How much each cached token matters to a query, by the labels of the keys.
 
 Selection by a few channels of the keys is Double Sparsity (arXiv 2408.07092, section 3); its official code takes one
 set of tokens per query head, which reads the keys of a KV head once per query head. Here a KV group shares one set.
@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from .attention_label import check_labels
+
+NUMBERS_AT_ONCE = 1 << 20  # of labels as floats: 4 MiB, which a CPU keeps in its cache
 
 
 def attention_select(
@@ -33,47 +35,16 @@ def attention_select(
     if bits != 16:
         chosen_query = chosen_query * scale[:, None].float()
     chosen_query = chosen_query.flatten(0, 1)
-    if bits == 4:  # a byte is low + 16 · high
-        low, high = chosen_query.chunk(2, dim=-1)
-        score = high / 16 @ label.flatten(0, 1).float().mT
-        score = torch.baddbmm(score, low - high / 16, (label & 15).flatten(0, 1).float().mT)
-    else:
-        score = chosen_query @ label.flatten(0, 1).float().mT  # [B · Hkv, G, S]
+    tokens_at_once = max(NUMBERS_AT_ONCE // chosen_query[:, 0].numel(), 1)
+    parts = [scores(chosen_query, part.flatten(0, 1), bits) for part in label.split(tokens_at_once, dim=2)]
     # the codes' offset adds the same to every score of a head, so the softmax does not see it
-    return score.softmax(-1).sum(1).view(batch, kv_heads, -1)
+    return torch.cat(parts, dim=-1).softmax(-1).sum(1).view(batch, kv_heads, -1)
 
 
-def chosen(score: Tensor, *, tokens: int, sink: int, recent: int) -> Tensor:
-    """The tokens to attend to: int32 `[B, Hkv, N]`, ascending, by `score [B, Hkv, S]`; `N = min(S, max(tokens, sink +
-    recent))`.
-
-    The first `sink` and the last `recent` tokens, the newest among them, are always in and count towards `tokens`. The
-    others are those with the highest scores; of equal scores the earlier ones, and NaN is the lowest. All tokens where
-    there are no more than N.
-
-    Raises ValueError where `recent` is less than 1: the newest token has to be seen.
-    """
-    if recent < 1 or sink < 0:
-        raise ValueError(f"recent={recent} and sink={sink}: a token attends to itself, so recent is 1 or more, sink 0")
-    length = score.shape[-1]
-    position = torch.arange(length, dtype=torch.int32, device=score.device)
-    free = max(tokens, sink + recent) - sink - recent
-    if length <= free + sink + recent:
-        return position.expand(score.shape).contiguous()
-    always = torch.cat([position[:sink], position[length - recent :]]).expand(*score.shape[:2], -1)
-    if free == 0:
-        return always.contiguous()
-    middle = highest(score[..., sink : length - recent], free) + sink
-    return torch.cat([always[..., :sink], middle, always[..., sink:]], dim=-1)
-
-
-def highest(score: Tensor, count: int) -> Tensor:
-    """Where the `count` highest of each row of `score [..., S]` stand, `count < S`: int32 `[..., count]`, ascending; of
-    equal ones the first. Nothing waits for a GPU."""
-    score = score.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
-    lowest = score.topk(count, sorted=False).values.amin(-1, keepdim=True)
-    above, level = score > lowest, score == lowest
-    spare = count - above.sum(-1, keepdim=True)
-    kept = above | (level & (level.cumsum(-1, dtype=torch.int32) <= spare))
-    nth = torch.arange(1, count + 1, dtype=torch.int32, device=score.device).expand(*score.shape[:-1], count)
-    return torch.searchsorted(kept.cumsum(-1, dtype=torch.int32), nth.contiguous(), out_int32=True)
+def scores(query: Tensor, label: Tensor, bits: int) -> Tensor:
+    """`query [N, G, C]` times the codes of `label [N, S, ·]`, or its numbers: fp32 `[N, G, S]`."""
+    if bits != 4:
+        return query @ label.float().mT
+    low, high = query.chunk(2, dim=-1)
+    score = high / 16 @ label.float().mT  # a byte is low + 16 · high
+    return torch.baddbmm(score, low - high / 16, (label & 15).float().mT)

@@ -6,20 +6,17 @@ The Triton kernels equal their torch definitions: on a GPU where there is one, e
 import pytest
 import torch
 import torch.nn.functional as F
-from acc.kernels import attention_gather_triton, attention_label_triton, attention_select_triton
+from acc.kernels import attention_gather_triton, attention_label_triton, attention_select_triton, chosen_triton
 from acc.kernels.attention_gather import attention_gather
 from acc.kernels.attention_label import attention_label
-from acc.kernels.attention_select import attention_select, chosen
+from acc.kernels.attention_select import attention_select
 from acc.kernels.base import pick
+from acc.kernels.chosen import chosen
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 TOLERANCE = {torch.float32: 3e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}  # of a rounding to that type
-MODULES = {
-    "attention_label": attention_label_triton,
-    "attention_select": attention_select_triton,
-    "attention_gather": attention_gather_triton,
-}
+STEP = ["attention_label", "attention_select", "chosen", "attention_gather"]
 
 
 @pytest.fixture(autouse=True)
@@ -228,30 +225,34 @@ def chosen_by_loops(score, tokens, sink, recent):
     return sorted(always | set(rank[: number - len(always)]))
 
 
-@pytest.mark.parametrize("length", [1, 2, 5, 8, 9, 40, 333])
+@pytest.mark.parametrize("way", ["reference", "triton"])
+@pytest.mark.parametrize("length", [1, 8, 9, 133])
 @pytest.mark.parametrize(("tokens", "sink", "recent"), [(8, 2, 3), (4, 2, 2), (1, 4, 4), (9, 0, 1), (0, 0, 1)])
-def test_chosen_are_the_first_the_last_and_the_best(length, tokens, sink, recent):
-    score = random(2, 3, length)
-    for made in (score, score.round(), torch.zeros_like(score), score.abs().log().where(score > 0, -torch.inf)):
-        index = chosen(made, tokens=tokens, sink=sink, recent=recent)
-        assert index.dtype == torch.int32
-        expected = [[chosen_by_loops(row.tolist(), tokens, sink, recent) for row in heads] for heads in made]
-        assert index.tolist() == expected
-        assert (index[..., -1] == length - 1).all()
+def test_chosen_are_the_first_the_last_and_the_best(monkeypatch, way, length, tokens, sink, recent):
+    monkeypatch.setenv("ACC_KERNELS", way)
+    score = random(2, length)
+    score = torch.stack([score, score.round(), 0 * score, score.abs().log().where(score > 0, -torch.inf)])
+    index = pick("chosen", device=DEVICE)(score.to(DEVICE), tokens=tokens, sink=sink, recent=recent)
+    assert index.dtype == torch.int32
+    assert index.tolist() == [[chosen_by_loops(row.tolist(), tokens, sink, recent) for row in heads] for heads in score]
+    assert (index[..., -1] == length - 1).all()
 
 
-def test_a_score_that_is_no_number_chooses_no_token_that_is_not_there():
+@pytest.mark.parametrize("way", ["reference", "triton"])
+def test_a_score_that_is_no_number_chooses_no_token_that_is_not_there(monkeypatch, way):
+    monkeypatch.setenv("ACC_KERNELS", way)
     score = random(1, 2, 50)
     score[0, 0, 10:30] = torch.nan
     score[0, 1] = torch.nan
-    index = chosen(score, tokens=12, sink=1, recent=1)
+    index = pick("chosen", device=DEVICE)(score.to(DEVICE), tokens=12, sink=1, recent=1)
     assert not set(range(10, 30)) & set(index[0, 0].tolist())
     assert index[0, 1].tolist() == [*range(11), 49]
 
 
-def test_the_newest_token_cannot_be_left_out():
+@pytest.mark.parametrize("function", [chosen, chosen_triton.chosen])
+def test_the_newest_token_cannot_be_left_out(function):
     with pytest.raises(ValueError, match="recent=0"):
-        chosen(random(1, 1, 9), tokens=4, sink=1, recent=0)
+        function(random(1, 1, 9), tokens=4, sink=1, recent=0)
 
 
 @pytest.mark.parametrize("length", [64, 500])
@@ -308,7 +309,7 @@ def in_larger_memory(tensor, layout):
 @pytest.mark.parametrize("layout", ["heads first", "tokens first", "wide"])
 def test_memory_beyond_the_tokens_is_never_read(monkeypatch, way, layout):
     monkeypatch.setenv("ACC_KERNELS", way)
-    functions = {op: pick(op, device=DEVICE) for op in MODULES}
+    functions = {op: pick(op, device=DEVICE) for op in STEP}
     query, key, value = (t.to(DEVICE) for t in problem(batch=2, length=37, group=2))
     channels = channels_of(2, 16, 4).to(DEVICE)
     scale = step_of(key, channels, 8)
@@ -316,7 +317,7 @@ def test_memory_beyond_the_tokens_is_never_read(monkeypatch, way, layout):
     for place in (lambda t: t.contiguous(), lambda t: in_larger_memory(t, layout)):
         label = functions["attention_label"](place(key), channels, scale, bits=8)
         score = functions["attention_select"](query[:, :, 0], place(label), channels, scale, bits=8, scaling=0.25)
-        index = chosen(score, tokens=16, sink=1, recent=4)
+        index = functions["chosen"](score, tokens=16, sink=1, recent=4)
         out = functions["attention_gather"](query, place(key), place(value), index, scaling=0.25)
         results.append((label, score, index, out))
     for compact, apart in zip(*results, strict=True):
@@ -340,13 +341,17 @@ def both(op, monkeypatch, *tensors, **numbers):
     return expected, actual
 
 
+def in_types(sizes, length):
+    """Each size in every type, but a long one, for which the interpreter takes a while."""
+    return [(size, dtype) for size in sizes for dtype in (DTYPES if size[length] < 100 else DTYPES[2:])]
+
+
 # batch, KV heads, query heads per KV head, tokens, head dimension, channels
 SIZES = [(1, 1, 1, 1, 8, 4), (1, 2, 4, 7, 16, 6), (2, 4, 1, 63, 12, 2), (1, 1, 2, 2000, 16, 8), (1, 4, 2, 100, 40, 34)]
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("bits", [4, 8, 16])
-@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize(("size", "dtype"), in_types(SIZES, 3), ids=str)
 def test_labels_and_scores_of_the_kernels(monkeypatch, size, bits, dtype):
     batch, kv_heads, group, length, dim, count = size
     query, key, _ = problem(batch, kv_heads, group, length, dim, dtype=dtype)
@@ -363,19 +368,33 @@ def test_labels_and_scores_of_the_kernels(monkeypatch, size, bits, dtype):
 # batch, KV heads, query heads per KV head, queries, tokens, chosen, head dimension, that of values
 GATHERS = [
     (1, 1, 1, 1, 1, 1, 8, 8), (1, 2, 4, 1, 7, 7, 16, 24), (2, 4, 1, 1, 63, 33, 12, 12),
-    (1, 2, 2, 1, 2000, 1000, 16, 16), (1, 2, 4, 3, 100, 63, 40, 16), (1, 1, 2, 16, 100, 37, 16, 80), (1, 1, 8, 16, 40, 20, 16, 16),
+    (1, 2, 2, 1, 2000, 1000, 16, 16), (1, 2, 4, 3, 100, 63, 40, 16), (1, 1, 2, 16, 100, 37, 16, 80),
+    (1, 1, 5, 16, 40, 20, 16, 16),
     (1, 1, 1, 1, 50, 40, 200, 256),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("size", GATHERS, ids=str)
+@pytest.mark.parametrize(("size", "dtype"), in_types(GATHERS, 4), ids=str)
 def test_attention_of_the_kernel(monkeypatch, size, dtype):
     batch, kv_heads, group, count, length, tokens, dim, dim_v = size
     query, key, value = problem(batch, kv_heads, group, length, dim, count, dim_v, dtype)
     index = chosen(random(batch, kv_heads, length), tokens=tokens, sink=1, recent=min(count, length))
     expected, actual = both("attention_gather", monkeypatch, query, key, value, index, scaling=dim**-0.5)
     assert error(actual, expected) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize(("length", "tokens", "sink", "recent"), [(2000, 125, 4, 32), (1001, 700, 0, 1)])
+def test_chosen_of_the_kernel(monkeypatch, length, tokens, sink, recent):
+    """Over several splits, with scores of every size, of which many are equal, some zeros of either sign, some NaN."""
+    monkeypatch.setattr(chosen_triton, "BLOCK_S", 256)
+    score = random(4, length)
+    score[1] = 1 + 1e-6 * score[0]  # of which only the last bits differ
+    score[2] = (4 * score[2]).round()
+    score[3] = (1e30 * score[3]).where(score[3] > -1.5, torch.nan)
+    small = torch.stack([score[0].softmax(-1), score[0].sign() * 0.0, -score[1], score[2] * 1e-42])
+    for made in (score[None], small[None]):
+        expected, actual = both("chosen", monkeypatch, made, tokens=tokens, sink=sink, recent=recent)
+        assert torch.equal(expected, actual)
 
 
 def test_more_splits_than_tokens_and_scores_far_from_zero(monkeypatch):
@@ -400,18 +419,19 @@ def test_the_operators_are_what_their_schemas_and_fakes_say():
         torch.library.opcheck(attention_label_triton.label_op, (key, channels, scale, bits), test_utils=tests)
         arguments = (query[:, :, 0], label, channels, scale, bits, 0.25)
         torch.library.opcheck(attention_select_triton.select_op, arguments, test_utils=tests)
+    torch.library.opcheck(chosen_triton.chosen_op, (random(1, 2, 40).to(DEVICE), 9, 1, 1), test_utils=tests)
     torch.library.opcheck(attention_gather_triton.gather_op, (query, key, value, index, 0.25), test_utils=tests)
 
 
 def test_one_step_compiles_as_one_graph(monkeypatch):
     monkeypatch.setenv("ACC_KERNELS", "triton")
-    label_of, select, gather = (pick(op, device=DEVICE) for op in MODULES)
+    label_of, select, choose, gather = (pick(op, device=DEVICE) for op in STEP)
     channels, scale = channels_of(2, 16, 4).to(DEVICE), torch.full((2, 4), 0.5, device=DEVICE)
 
     def step(query, key, value):
         label = label_of(key, channels, scale, bits=4)
         score = select(query[:, :, 0], label, channels, scale, bits=4, scaling=0.25)
-        return gather(query, key, value, chosen(score, tokens=12, sink=2, recent=3), scaling=0.25)
+        return gather(query, key, value, choose(score, tokens=12, sink=2, recent=3), scaling=0.25)
 
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager", dynamic=True)
     for length in (40, 41):
@@ -423,14 +443,14 @@ def test_one_step_compiles_as_one_graph(monkeypatch):
 @pytest.mark.skipif(DEVICE != "cuda", reason="CUDA graphs need a GPU")
 def test_cuda_graph(monkeypatch):
     monkeypatch.setenv("ACC_KERNELS", "triton")
-    label_of, select, gather = (pick(op, device=DEVICE) for op in MODULES)
+    label_of, select, choose, gather = (pick(op, device=DEVICE) for op in STEP)
     query, key, value = (t.to(DEVICE) for t in problem(length=500))
     channels, scale = channels_of(2, 16, 4).to(DEVICE), torch.full((2, 4), 0.5, device=DEVICE)
 
     def step():
         label = label_of(key, channels, scale, bits=4)
         score = select(query[:, :, 0], label, channels, scale, bits=4, scaling=0.25)
-        return gather(query, key, value, chosen(score, tokens=60, sink=2, recent=3), scaling=0.25)
+        return gather(query, key, value, choose(score, tokens=60, sink=2, recent=3), scaling=0.25)
 
     step()
     graph = torch.cuda.CUDAGraph()

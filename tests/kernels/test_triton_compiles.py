@@ -82,12 +82,13 @@ for tokens, stored, group in ((1, free, 128), (16, codes8, 128), (1, even, 16), 
 DECODE = (
     SCRIPT.partition("from acc.kernels import launch_triton")[0]
     + """
-from acc.kernels import attention_gather_triton, attention_label_triton, attention_select_triton
+from acc.kernels import attention_gather_triton, attention_label_triton, attention_select_triton, chosen_triton
 
 for module, names in (
     (attention_label_triton, ["label_kernel"]),
     (attention_select_triton, ["mass_kernel", "score_kernel"]),
     (attention_gather_triton, ["gather_kernel", "merge_kernel"]),
+    (chosen_triton, ["digit_kernel", "count_kernel", "place_kernel"]),
 ):
     for name in names:
         setattr(module, name, Compiled(getattr(module, name)))
@@ -102,6 +103,7 @@ for dtype, dim, bits, queries in (
     attention_select_triton.select_op(query[:, :, 0], label, channels, scale, bits, 0.1)
     index = torch.zeros(1, 8, 256, dtype=torch.int32)
     attention_gather_triton.gather_op(query, key, key, index, 0.1)
+chosen_triton.chosen_op(torch.zeros(1, 8, 4096), 200, 4, 32)
 """
 )
 
@@ -137,6 +139,6 @@ def test_bit_planes_compile_for_a_gpu_that_is_not_here(tmp_path):
 def test_sparse_decoding_compiles_for_a_gpu_that_is_not_here(tmp_path):
     kernels = compiled(DECODE, tmp_path)
     names = ["label_kernel", "mass_kernel", "score_kernel", "gather_kernel", "merge_kernel"]
-    assert [name for name, *_ in kernels] == names * 4
-    for name, on_tensor_cores, _ in kernels[:15]:  # the last are in float32, whose products are exact
+    assert [name for name, *_ in kernels] == names * 4 + ["digit_kernel"] * 3 + ["count_kernel", "place_kernel"]
+    for name, on_tensor_cores, _ in kernels[:15]:  # the others are in float32, whose products are exact
         assert (on_tensor_cores == "True") == (name in ("mass_kernel", "score_kernel", "gather_kernel")), name
