@@ -3,6 +3,9 @@
 The Triton kernels equal their torch definitions: on a GPU where there is one, else in Triton's interpreter.
 """
 
+import importlib.util
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -474,3 +477,41 @@ def test_a_kernel_refuses_with_a_reason(monkeypatch):
         pick("attention_select", device=DEVICE, bits=2)
     with pytest.raises(ValueError, match="mps"):
         pick("attention_label", device="mps")
+
+
+# The bench
+
+
+@pytest.fixture(scope="module")
+def bench():
+    path = Path(__file__).parents[1] / "bench" / "attention_decode.py"
+    spec = importlib.util.spec_from_file_location("bench_attention_decode", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(("share", "bits"), [(1 / 4, 4), (1 / 2, 8), (1 / 4, 16)])
+def test_the_bench_counts_labels_scores_and_chosen_tokens_and_times_the_parts(monkeypatch, bench, share, bits):
+    monkeypatch.setenv("ACC_KERNELS", "reference")
+    query, key, value = problem(group=4, length=640)
+    case = bench.sparse_case(query, key, value, share, bits, bench.cpu_seconds, 1)
+    assert case["tokens"] == 640 // 16
+    per_head = 640 * (16 * share * (4 if bits == 16 else bits / 8) + 4) + 2 * 40 * 16 * 4
+    assert case["bytes"] == 2 * per_head
+    assert set(case["parts"]) == {"select", "choose", "gather"}
+    assert case["seconds"] > 0
+
+
+@pytest.mark.parametrize("broken", ["attention_select", "attention_gather"])
+def test_the_bench_times_nothing_that_is_wrong(monkeypatch, bench, broken):
+    monkeypatch.setenv("ACC_KERNELS", "reference")
+
+    def picked(op, device, **problem):
+        function = pick(op, device, **problem)
+        return (lambda *a, **k: 1.02 * function(*a, **k)) if op == broken else function
+
+    monkeypatch.setattr(bench, "pick", picked)
+    case = bench.sparse_case(*problem(group=4, length=640), 1 / 4, 4, bench.cpu_seconds, 1)
+    assert not case["right"]
+    assert "seconds" not in case
