@@ -74,7 +74,9 @@ class Channels(Pass):
         summary = _summary(tensors, sorted(found))
         foils = ("random", "magnitude", "official", "mixed")
         return Learned(
-            {name: tensor for name, tensor in tensors.items() if name not in foils}, summary, self._events(subject, tensors)
+            {name: tensor for name, tensor in tensors.items() if name not in foils},
+            summary,
+            self._events(subject, tensors),
         )
 
     def _events(self, subject: Subject, tensors: Mapping[str, Tensor]) -> tuple[str, ...]:
