@@ -45,7 +45,7 @@ class Channels(Pass):
     minimum_recall: float = Field(0.9, ge=0, le=1, description="a layer that keeps less of its attention stays dense")
     sink: int = Field(4, ge=0, description="first tokens that are always attended to, and count as chosen")
     recent: int = Field(16, ge=1, description="last tokens that are always attended to, and count as chosen")
-    rows: int = Field(32, ge=4, description="held-out queries per prompt, from its last half")
+    rows: int = Field(48, ge=4, description="held-out queries per prompt, from its last half")
     kept: int = Field(6, ge=1, description="prompts at most whose held-out queries are measured, drawn evenly")
 
     def learner(self, layer: AttentionLayer) -> Rankings:
