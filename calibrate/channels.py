@@ -80,13 +80,13 @@ class Channels(Pass):
         )
 
     def _events(self, subject: Subject, tensors: Mapping[str, Tensor]) -> tuple[str, ...]:
-        events = [
-            f"layer {layer.index} stays dense: {int(tensors['count'][-1])} channels find tokens with"
-            f" {tensors['recall'][layer.index, :, -1].mean():.3f} of its attention, all channels with"
-            f" {tensors['ceiling'][layer.index].mean():.3f}, minimum_recall is {self.minimum_recall:g}"
-            for layer in subject.open
-            if tensors["dense"][layer.index]
-        ]
+        events = []
+        if dense := [layer.index for layer in subject.open if tensors["dense"][layer.index]]:
+            told = (f"{i} ({tensors['recall'][i, :, -1].mean():.3f})" for i in dense)
+            events.append(
+                f"{int(tensors['count'][-1])} channels find too little of the attention, less than minimum_recall"
+                f" {self.minimum_recall:g}; these layers stay dense: {', '.join(told)}"
+            )
         if sum(prompt.kind in self.kinds for prompt in subject.prompts) == 1:
             events.append("one prompt only: channels are ranked by its first half and measured on its second")
         return tuple(events)

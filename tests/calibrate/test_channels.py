@@ -151,7 +151,7 @@ def test_a_layer_whose_tokens_are_not_found_stays_dense_and_is_told():
     learned = concluded(flat)
     assert learned.tensors["dense"].tolist() == [True, True]
     assert len(learned.events) == 1
-    assert "layer 0 stays dense" in learned.events[0]
+    assert "these layers stay dense: 0 (" in learned.events[0]
     assert not concluded(flat, minimum_recall=0).tensors["dense"][0]
 
 
