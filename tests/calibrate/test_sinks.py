@@ -134,7 +134,7 @@ def test_a_head_whose_class_depends_on_the_domain_is_told():
     prompts = [looking_at((0.9, 0.1, 0.9, 0.1), domain="prose"), looking_at((0.9, 0.1, 0.2, 0.1), domain="code")]
     learned = concluded(prompts)
     assert learned.summary["domains"] == ["prose", "code"]
-    assert learned.summary["flips"] == [(0, 2)]
+    assert learned.summary["flips"] == [[0, 2]]
     assert learned.tensors["flips"].tolist() == [[False, False, True, False], [False] * HEADS]
     assert learned.summary["heads"]["code"] == {"active": 3, "sink": 1, "dormant": 0}
     assert learned.events == ()
