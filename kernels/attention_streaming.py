@@ -50,11 +50,10 @@ def _tile(query: Tensor, key: Tensor, value: Tensor, begin: int, sink: int, rece
     group, rows, _ = query.shape
     end = begin + rows
     left = max(begin - recent + 1, 0)  # the first key of the window of the first row
-    sink = min(sink, left)
     columns = torch.arange(left, end, device=query.device)
     distance = torch.arange(begin, end, device=query.device)[:, None] - columns  # [t, window]
     hidden = (distance < 0) | ((distance >= recent) & (columns >= sink))
-    query = query.reshape(group * rows, -1)
+    query, sink = query.reshape(group * rows, -1), min(sink, left)
     window = (query @ key[left:end].T).view(group, rows, -1).masked_fill_(hidden, -torch.inf).flatten(0, 1)
     logits = torch.cat([query @ key[:sink].T, window], dim=-1) if sink else window
     probability = torch.softmax(logits, dim=-1)
