@@ -28,9 +28,9 @@ def attention_sparse(
     `column_count` columns, with `softmax(scaling · q kᵀ)` in fp32; the result has the type of `query`. Query head `h`
     reads key head `h // (H / Hkv)`. What follows the counts is not read.
 
-    The offsets of a block of rows ascend; no two ranges overlap and no column lies in one (it would count twice). A
-    range may begin before key 0 or end past the last: what is outside is not there. Every row sees a key at least;
-    `attention_index.py` builds indices that are so, and none of it is checked here.
+    The offsets of a block of rows ascend; no two ranges overlap and no column lies in one (it would count twice). The
+    first range may begin before key 0 and the last end past the last key: what is outside is not there. Every row sees
+    a key at least. `attention_index.py` builds indices that are so, and none of it is checked here.
 
     Jiang et al., MInference 1.0, section 3.2 and appendix C (the kernel of the vertical-slash pattern), for any
     alignment of queries and keys.
@@ -78,7 +78,7 @@ def _head(
             seen, begin = seen[:count], begin + BLOCK
             logits = query[part] @ key.index_select(0, seen).T
             logits[:, late:].masked_fill_(seen[late:] > position[part, None], -torch.inf)
-            torch.mm(torch.softmax(logits, dim=-1), value.index_select(0, seen), out=out[part])
+            out[part] = torch.softmax(logits, dim=-1) @ value.index_select(0, seen)
     return out
 
 
