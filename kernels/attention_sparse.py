@@ -67,10 +67,10 @@ def _head(
     position = torch.arange(keys - rows, keys, device=query.device, dtype=torch.int32)
     out = query.new_empty(rows, value.shape[-1])
     size = max(1, AT_ONCE // (BLOCK * block_offset.shape[-1] + column_index.shape[-1] + 1))
-    parts = (x.split(size) for x in (block_count, block_offset, column_count, column_index, position[::BLOCK]))
+    indices = zip(*(x.split(size) for x in (block_count, block_offset, column_count, column_index)), strict=True)
     begin = 0
-    for *index, first in zip(*parts, strict=True):
-        named = _named(*index, keys)
+    for (blocks, offsets, singles, columns), first in zip(indices, position[::BLOCK].split(size), strict=True):
+        named = _named(blocks, offsets, singles, columns, keys)
         counts = (named < keys).sum(1).tolist()
         lates = (named <= first[:, None]).sum(1).tolist()  # the keys from here on are not for all rows
         for seen, count, late in zip(named, counts, lates, strict=True):

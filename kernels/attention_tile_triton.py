@@ -108,7 +108,8 @@ def sizes(query: Tensor, value: Tensor, most_rows: int) -> dict[str, Any]:
 def _shared_memory(device: torch.device) -> int:
     if device.type != "cuda":
         return LEAST_SHARED_MEMORY
-    return driver.active.utils.get_device_properties(device.index)["max_shared_mem"] - 1024  # some is the compiler's
+    utilities: Any = driver.active
+    return utilities.utils.get_device_properties(device.index)["max_shared_mem"] - 1024  # the compiler takes some
 
 
 def check(name: str, query: Tensor, key: Tensor, value: Tensor) -> None:
