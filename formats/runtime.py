@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -10,6 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..registry import listing, lookup
 from .calibration import Calibration
 from .model import AttentionLayer
 
@@ -43,3 +45,17 @@ class Runtime(ABC):
         """The same for a file, or folder, of that runtime, for a model with these layers.
 
         Raises ValueError for what does not fit the model or is malformed, naming layer and head."""
+
+
+def runtimes() -> dict[str, str]:
+    """`{name: what it is}` of every runtime, spelled as on the command line."""
+    return {name.removeprefix(PREFIX).replace("_", "-"): line for name, line in listing("formats", "Runtime").items()}
+
+
+def runtime(name: str) -> type[Runtime]:
+    """The runtime of this name. Raises ValueError with the nearest names when there is none."""
+    known = runtimes()
+    if name.replace("_", "-") not in known:
+        near = difflib.get_close_matches(name, known, n=3) or known
+        raise ValueError(f"there is no runtime {name!r}; there is {', '.join(near) or 'none'}")
+    return lookup("formats", PREFIX + name.replace("-", "_"), "Runtime")
