@@ -263,6 +263,8 @@ def _prompts(
     prompts: list[Any] = []
     records = []
     for spec in specs:
+        if spec == "self":
+            screen.field("Text", f"drawing {nsamples * sum(lengths):,} tokens from the model, which takes a while")
         text = _text(spec, source, tokenizer, nsamples * sum(lengths), min(SELF_ROW, lengths[-1]), seed, limits)
         ids = text.batches.flatten()
         records.append(text.record())

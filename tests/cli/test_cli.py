@@ -80,6 +80,7 @@ def test_every_verb_has_help(capsys):
         "bench",
         "apply",
         "plan",
+        "calibrate",
     }
     for verb in verbs():
         code, out, _ = call(capsys, verb, "--help")
