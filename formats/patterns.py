@@ -80,7 +80,8 @@ class Estimate:
         if kind == BLOCKS:
             assert self.blocks is not None
             return block_index(self.blocks[:, heads], -(-first // BLOCK), self.rows, self.keys)
-        assert self.vertical is not None and self.tiles is not None
+        assert self.vertical is not None
+        assert self.tiles is not None
         return self._vertical_slash(self.vertical[:, heads], self.tiles[:, heads], first, -(-second // BLOCK))
 
     def _vertical_slash(self, vertical: Tensor, tiles: Tensor, columns: Tensor, bands: Tensor) -> Index:
