@@ -51,8 +51,10 @@ def budget_at(length: Tensor, budget: Tensor, tokens: int) -> Tensor:
 class Estimate:
     """What patterns of a prompt are chosen by; `None` where no head asks for it. `T` rows, the last of `S` keys."""
 
+    batch: int
     rows: int
     keys: int
+    device: torch.device
     vertical: Tensor | None  # [B, H, S], the mean probability of each key, of the last 64 rows
     tiles: Tensor | None  # [B, H, C], the same of each band of 64 keys, nearest first
     blocks: Tensor | None  # [B, H, R, C], scores of blocks of keys for blocks of rows
@@ -67,7 +69,7 @@ class Estimate:
             tiles = band_mass(slash)
         if BLOCKS in kinds:
             blocks = estimate_blocks(query, key, scaling=scaling)
-        return cls(query.shape[2], key.shape[2], vertical, tiles, blocks)
+        return cls(len(query), query.shape[2], key.shape[2], query.device, vertical, tiles, blocks)
 
     def index(self, kind: int, budget: Tensor, heads: Tensor) -> Index:
         """The keys that `heads [h]`, all of one kind, read with the budgets int `[h, 2]`; of `B = 1` where nothing
@@ -83,6 +85,21 @@ class Estimate:
         assert self.vertical is not None
         assert self.tiles is not None
         return self._vertical_slash(self.vertical[:, heads], self.tiles[:, heads], first, -(-second // BLOCK))
+
+    def mixed(self, kind: Tensor, budget: Tensor) -> Index:
+        """kind uint8 `[H]`, budget int `[H, 2]` in tokens -> what the heads, each of its own kind, read.
+
+        Raises ValueError for a kind that there is not."""
+        kinds = sorted(set(kind.tolist()))
+        if kinds[0] < 0 or kinds[-1] >= len(KINDS):
+            raise ValueError(f"heads are of the kinds {kinds}; there are 0 to {len(KINDS) - 1}: {', '.join(KINDS)}")
+        parts: list[tuple[list[int], Index]] = []
+        for one in kinds:
+            heads = (kind == one).nonzero()[:, 0]
+            at = heads.to(self.device)
+            index = self.index(one, budget.to(self.device)[at], at)
+            parts.append((heads.tolist(), Index(*(field.expand(self.batch, *field.shape[1:]) for field in index))))
+        return stack(parts)
 
     def _vertical_slash(self, vertical: Tensor, tiles: Tensor, columns: Tensor, bands: Tensor) -> Index:
         """As MInference, but of diagonals whole bands are chosen, by what a band holds: a diagonal that is chosen by
@@ -129,24 +146,16 @@ def prefill_index(
     `[B, Hkv, S, D]`. Dense heads read every block. With `adaptive`, FlexPrefill's gamma and tau, the prompt itself
     sets the budget of all other heads, of whatever kind. Raises ValueError for a kind that there is not.
     """
-    kinds = set(kind.tolist())
-    if unknown := kinds - set(range(len(KINDS))):
-        raise ValueError(f"a head is of kind {min(unknown)}; kinds are 0 to {len(KINDS) - 1}: {', '.join(KINDS)}")
-    budget = budget.to(query.device)
-    batch = len(query)
-    parts: list[tuple[list[int], Index]] = []
-    if adaptive is not None and kinds - {DENSE}:
-        gamma, tau = adaptive
-        heads = (kind != DENSE).nonzero()[:, 0]
-        index = adaptive_index(query, key, scaling=scaling, gamma=gamma, tau=tau, min_budget=ADAPTIVE_FLOOR)
-        parts.append((heads.tolist(), Index(*(field[:, heads.to(field.device)] for field in index))))
-        kinds &= {DENSE}
-    estimate = Estimate.of(query, key, scaling=scaling, kinds=kinds)
-    for one in sorted(kinds):
-        heads = (kind == one).nonzero()[:, 0]
-        at = heads.to(query.device)
-        index = estimate.index(one, budget[at], at)
-        parts.append((heads.tolist(), Index(*(field.expand(batch, *field.shape[1:]) for field in index))))
+    if adaptive is None or not bool((kind != DENSE).any()):
+        return Estimate.of(query, key, scaling=scaling, kinds=set(kind.tolist())).mixed(kind, budget)
+    gamma, tau = adaptive
+    index = adaptive_index(query, key, scaling=scaling, gamma=gamma, tau=tau, min_budget=ADAPTIVE_FLOOR)
+    dense = (kind == DENSE).nonzero()[:, 0]
+    others = (kind != DENSE).nonzero()[:, 0]
+    parts = [(others.tolist(), Index(*(field[:, others.to(field.device)] for field in index)))]
+    if len(dense):
+        whole = Estimate.of(query, key, scaling=scaling, kinds={DENSE}).mixed(kind[dense], budget[dense])
+        parts.append((dense.tolist(), whole))
     return stack(parts)
 
 
