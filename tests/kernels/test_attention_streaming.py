@@ -18,7 +18,11 @@ def poison(monkeypatch):
 
 def inputs(batch, heads, key_heads, rows, keys, width, value_width=None, dtype=torch.float32):
     generator = torch.Generator().manual_seed(rows + keys + width)
-    shapes = (batch, heads, rows, width), (batch, key_heads, keys, width), (batch, key_heads, keys, value_width or width)
+    shapes = (
+        (batch, heads, rows, width),
+        (batch, key_heads, keys, width),
+        (batch, key_heads, keys, value_width or width),
+    )
     return [torch.randn(shape, generator=generator).to(DEVICE, dtype) for shape in shapes]
 
 
