@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import shutil
-from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -113,23 +112,6 @@ def _check_target(to: str, calibrated: bool, engines: list[str], runtimes: list[
         raise ValueError(f"--to {to} is for calibrations; a model can be written as {', '.join(models)}")
 
 
-class _Asked(Mapping[str, Any]):
-    """Settings, and which of them were asked for: one that nobody asks for would be ignored in silence."""
-
-    def __init__(self, given: dict[str, Any]):
-        self.given, self.asked = given, set[str]()
-
-    def __getitem__(self, key: str) -> Any:
-        self.asked.add(key)
-        return self.given[key]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.given)
-
-    def __len__(self) -> int:
-        return len(self.given)
-
-
 def _export_calibration(
     screen: Screen, folder: Path, out: Path, to: str, given: dict[str, Any], overwrite: bool
 ) -> None:
@@ -138,12 +120,12 @@ def _export_calibration(
     from ..formats.calibration import Calibration
     from ..formats.runtime import runtime
 
-    options = _Asked({name.lstrip("-").replace("-", "_"): value for name, value in given.items()})
-    files, notes = runtime(to).write(Calibration.load(folder), options)
-    for name in given:
-        if name.lstrip("-").replace("-", "_") not in options.asked:
-            known = ", ".join(f"--{one.replace('_', '-')}" for one in sorted(options.asked)) or "no options"
-            raise ValueError(f"{name}: not used by {to}, which takes {known}")
+    writer = runtime(to)
+    options = {name.lstrip("-").replace("-", "_"): value for name, value in given.items()}
+    if odd := [name for name in given if name.lstrip("-").replace("-", "_") not in writer.options]:
+        known = ", ".join(f"--{one.replace('_', '-')}" for one in writer.options) or "no options"
+        raise ValueError(f"{odd[0]}: {to} has no such option; it has {known}")
+    files, notes = writer.write(Calibration.load(folder), options)
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out}: exists and is no folder; choose another name or move it away")
     there = {path.name for path in out.iterdir()} if out.exists() else set()

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from ..formats.calibration import Calibration
     from .ui import Screen
 
+SHORT = {"official heads mixed": "as run", "chosen 4 bits": "4 bits"}  # what a narrow column calls it
 KINDS = ("dense", "A-shape", "vertical-slash", "blocks")  # of `heads.kind`
 LETTERS = "DAVB"
 PLACES = (("",), ("left", "right"), ("left", "middle", "right"))  # of maps that stand side by side
@@ -195,25 +196,26 @@ def sink_mass(calibration: Calibration) -> Tensor | None:
 
 
 def domains(calibration: Calibration, count: int) -> list[str]:
-    """Names of that many domains, as short as they can be told apart by."""
-    data = calibration.facts.get("data")
-    texts = data.get("texts", ()) if isinstance(data, dict) else ()
-    names = [str(text["data"]).replace("\\", "/").rstrip("/").rpartition("/")[2] for text in texts]
-    return names if len(names) == count else [f"domain {number}" for number in range(count)]
+    """Names of that many texts, in the order of the tensors, as short as they can be told apart by."""
+    said = (calibration.facts["passes"].get("sinks", {}).get("summary") or {}).get("domains")
+    names = [str(name).replace("\\", "/").rstrip("/").rpartition("/")[2] for name in said or ()]
+    return names if len(set(names)) == count else [f"text {number}" for number in range(count)]
 
 
-def recall_curves(calibration: Calibration) -> tuple[list[int], dict[str, Tensor]]:
-    """Numbers of channels, and the recall of each way to choose them `[open layers, Hkv, C]`; the pass' own is
-    `chosen`."""
-    found, layers = calibration.of("channels"), opened(calibration)
+def recall_curves(calibration: Calibration) -> tuple[list[int], Tensor | None, dict[str, list[float]]]:
+    """Numbers of channels, the recall with so many `[open layers, Hkv, C]`, and the mean recall of other ways to choose
+    them, by name."""
+    found = calibration.of("channels")
     if "count" not in found or "recall" not in found:
-        return [], {}
+        return [], None, {}
     counts = found["count"].tolist()
-    curves = {"chosen": found["recall"][layers]}
-    for key, tensor in found.items():
-        if key.startswith("recall_") and tensor.dim() == 3 and tensor.shape[2] == len(counts):
-            curves[key.removeprefix("recall_")] = tensor[layers]
-    return counts, curves
+    said = (calibration.facts["passes"]["channels"].get("summary") or {}).get("recall")
+    others = {
+        name.replace("_", " "): values
+        for name, values in (said.items() if isinstance(said, dict) else ())
+        if name != "chosen" and isinstance(values, list) and len(values) == len(counts)
+    }
+    return counts, found["recall"][opened(calibration)].float(), others
 
 
 def _heads(calibration: Calibration, name: str) -> Told:
@@ -305,15 +307,15 @@ def _channels(calibration: Calibration, name: str) -> Told:
         dense = [str(index) for index in layers if found["dense"][index]]
         shown = ", ".join(dense[:12]) + (f" and {len(dense) - 12} more" if len(dense) > 12 else "")
         told.lines.append(f"layers that stay dense: {shown or 'none'}")
-    counts, curves = recall_curves(calibration)
-    if counts:
+    counts, recall, others = recall_curves(calibration)
+    if recall is not None:
         told.lines.append("recall of attention by the 1/16 of tokens that so many channels rank highest")
-        columns = ["channels", "recall", "lowest 5%", *(f"{key}" for key in curves if key != "chosen")]
+        columns = ["channels", "recall", "lowest 5%", *(SHORT.get(name, name) for name in others)]
         rows = []
         for index, number in enumerate(counts):
-            own = curves["chosen"][..., index].float().flatten()
-            others = [f"{t[..., index].float().mean():.3f}" for key, t in curves.items() if key != "chosen"]
-            rows.append([str(number), f"{own.mean():.3f}", f"{own.quantile(0.05):.3f}", *others])
+            own = recall[..., index].flatten()
+            rest = [f"{values[index]:.3f}" for values in others.values()]
+            rows.append([str(number), f"{own.mean():.3f}", f"{own.quantile(0.05):.3f}", *rest])
         told.tables.append((columns, rows))
         middle = len(counts) // 2
         title = f"recall with {counts[middle]} channels, in tenths (9: 0.9 and more)"
@@ -322,19 +324,34 @@ def _channels(calibration: Calibration, name: str) -> Told:
 
 
 def _sinks(calibration: Calibration, name: str) -> Told:
-    mass, layers = sink_mass(calibration), opened(calibration)
-    told = _summary(calibration, name)
-    told.lines = [line for line in told.lines if len(line) <= 160]
+    found, layers, mass = calibration.of(name), opened(calibration), sink_mass(calibration)
+    summary = calibration.facts["passes"][name].get("summary") or {}
     if mass is None:
-        return told
+        return _summary(calibration, name)
+    told, names, kinds = Told(), domains(calibration, len(mass)), found.get("class")
+    classes = [str(one) for one in summary.get("classes", ())]
+    columns = ["text", "mean share", "largest", *classes]
     rows = []
-    names = domains(calibration, len(mass))
-    for label, of in zip(names, mass[:, layers].float()):
-        flat = of.flatten()
-        rows.append([label, str(int((flat > 0.5).sum())), f"{flat.mean():.3f}", f"{flat.max():.3f}"])
-    told.tables.append((["text", "heads over 0.5", "mean", "largest"], rows))
-    for label, of in zip(names, mass.float()):
-        told.maps.append((f"attention on the first token, in tenths: {label}", _rows(_digits(of), layers)))
+    for index, (label, of) in enumerate(zip(names, mass[:, layers].float())):
+        counted = []
+        if kinds is not None:
+            counted = kinds[index][layers].long().flatten().bincount(minlength=len(classes)).tolist()
+        rows.append([label, f"{of.mean():.3f}", f"{of.max():.3f}", *map(str, counted)])
+    told.lines.append("attention on the first token, and what heads are by it")
+    if "flips" in found and len(mass) > 1:
+        told.lines.append(f"{int(found['flips'].sum())} heads change between these texts")
+    peak = summary.get("residual_of_token_0")
+    if isinstance(peak, dict):
+        told.lines.append(
+            f"the first token's residual is {peak['times_the_median']:g} times the median, at layer {peak['layer']}"
+        )
+    told.tables.append((columns, rows))
+    for index, (label, of) in enumerate(zip(names, mass.float())):
+        if kinds is not None and classes:
+            letters = ["".join(classes[k][0] for k in row) for row in kinds[index].long().tolist()]
+            legend = ", ".join(f"{one[0]} {one}" for one in classes)
+            told.maps.append((f"{label}: {legend}", _rows(letters, layers)))
+        told.maps.append((f"{label}: share in tenths", _rows(_digits(of), layers)))
     return told
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Callable
+from itertools import cycle
 from typing import TYPE_CHECKING, Any
 
 from .learned import KINDS, domains, opened, recall_curves, sink_mass
@@ -158,29 +159,17 @@ CURVES = (("loss", "random", "distance from dense"), ("accuracy", "random_accura
 
 
 def _channels(calibration: Calibration) -> Any:
-    counts, curves = recall_curves(calibration)
-    if not counts:
+    counts, recall, others = recall_curves(calibration)
+    if recall is None:
         return None
     figure = _figure(calibration, 6.0, 4.0, "recall of attention by 1/16 of the tokens")
     axes = figure.subplots()
-    markers = iter("s^Dvx")
-    for index, (name, values) in enumerate(curves.items()):
-        flat = values.float().flatten(0, 1)
-        if name == "chosen":
-            low, high = (flat.quantile(q, 0).numpy() for q in (0.05, 0.95))
-            axes.fill_between(counts, low, high, color=OWN, alpha=0.15, linewidth=0, label="chosen, 90% of KV heads")
-            axes.plot(counts, flat.mean(0).numpy(), color=OWN, marker="o", markersize=4, label="chosen", zorder=3)
-            continue
-        colour = OTHERS[(index - 1) % len(OTHERS)]
-        axes.plot(
-            counts,
-            flat.mean(0).numpy(),
-            color=colour,
-            marker=next(markers, "."),
-            markersize=4,
-            linestyle="--",
-            label=name.replace("_", " "),
-        )
+    flat = recall.flatten(0, 1)
+    low, high = (flat.quantile(share, 0).numpy() for share in (0.05, 0.95))
+    axes.fill_between(counts, low, high, color=OWN, alpha=0.15, linewidth=0, label="chosen, 90% of KV heads")
+    axes.plot(counts, flat.mean(0).numpy(), color=OWN, marker="o", markersize=4, label="chosen", zorder=3)
+    for (name, values), colour, marker in zip(others.items(), cycle(OTHERS), cycle("s^Dvx")):
+        axes.plot(counts, values, color=colour, marker=marker, markersize=4, linestyle="--", label=name)
     axes.set_xscale("log", base=2)
     axes.set_xticks(counts, [str(number) for number in counts])
     axes.set_ylim(top=1.02)

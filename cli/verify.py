@@ -112,8 +112,8 @@ def _sense(calibration: Any) -> list[str]:
         "retrieval.gate": ("is from 0 to 1", lambda t: (t >= 0) & (t <= 1)),
         "retrieval.sink": ("is not negative", lambda t: t >= 0),
         "retrieval.recent": ("is not negative", lambda t: t >= 0),
-        "channels.scale8": ("is positive", lambda t: t[opened] > 0),
-        "channels.scale4": ("is positive", lambda t: t[opened] > 0),
+        "channels.scale8": ("is positive or 0", lambda t: t[opened] >= 0),
+        "channels.scale4": ("is positive or 0", lambda t: t[opened] >= 0),
     }
     problems = [
         f"{name}: not every value {said}"

@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -31,13 +31,15 @@ class Runtime(ABC):
     """How another runtime wants what acc calibrated. A subclass is one file `runtime_<name>.py` of this folder, which
     `acc export --to <name>` and `acc calibrate --from <name>` find."""
 
+    options: ClassVar[Mapping[str, str]] = {}  # that `write` knows, and what they are
+
     @classmethod
     @abstractmethod
     def write(cls, calibration: Calibration, options: Mapping[str, Any]) -> tuple[dict[str, bytes], list[str]]:
         """Its files by name, exactly as it reads them, and notes for the user: what could not be said in them.
 
-        `options` are of `calibration.json`'s settings, e.g. `sparsity`, when given anew. Raises ValueError when the
-        calibration lacks the pass that they are made of."""
+        `options` are some of the class' own, e.g. `sparsity`, given anew. Raises ValueError when the calibration lacks
+        the pass that they are made of, and for an option's value that cannot be."""
 
     @classmethod
     @abstractmethod

@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -26,6 +26,12 @@ SPARSITY = 0.5
 class DuoAttention(Runtime):
     """One gate per layer and KV head, a line per layer, cells between tabs; beside it how many tokens a streaming head
     keeps. The share of streaming heads is chosen where the files are used."""
+
+    options: ClassVar[Mapping[str, str]] = {
+        "sparsity": "share of the heads that stream, of which config.json speaks",
+        "sink": "first tokens that a streaming head keeps",
+        "recent": "latest tokens that a streaming head keeps",
+    }
 
     @classmethod
     def write(cls, calibration: Calibration, options: Mapping[str, Any]) -> tuple[dict[str, bytes], list[str]]:

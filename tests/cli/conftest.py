@@ -52,14 +52,27 @@ def make(layers: int, heads: int, kv_heads: int, head_dim: int, refused: tuple[i
         "channels.dense": torch.arange(layers) == opened[0],
         "channels.count": torch.tensor([4, 8, 16], dtype=torch.int32),
         "channels.recall": found,
-        "channels.recall_random": 0.5 * found,
-        "sinks.mass": rand(domains, layers, heads),
+        "sinks.sink_mass": rand(domains, layers, heads),
+        "sinks.class": torch.randint(0, 3, (domains, layers, heads), generator=drawn).to(torch.uint8),
+        "sinks.flips": torch.rand(layers, heads, generator=drawn) < 0.5,
     }
     told = {
         "heads": {"settings": {"cost": 0.25}, "summary": {}, "events": ["two heads stay dense: " + "many words " * 12]},
         "retrieval": {"settings": {"sparsity": 0.5}, "summary": {}, "events": []},
-        "channels": {"settings": {}, "summary": {}, "events": []},
-        "sinks": {"settings": {}, "summary": {"sink_heads": 3}, "events": []},
+        "channels": {
+            "settings": {},
+            "summary": {"recall": {"chosen": found.mean((0, 1)).tolist(), "random": [0.1, 0.2, 0.3]}},
+            "events": [],
+        },
+        "sinks": {
+            "settings": {},
+            "summary": {
+                "domains": [f"texts/{i}.txt" for i in range(domains)],
+                "classes": ["active", "sink", "dormant"],
+                "residual_of_token_0": {"times_the_median": 301.25, "layer": 2},
+            },
+            "events": [],
+        },
     }
     texts = [{"data": f"texts/{i}.txt", "tokens": 7168, "sha256": "ab" * 32} for i in range(domains)]
     data = {"texts": texts, "lengths": [4096, 2048, 1024], "prompts": 24, "tokens": 57344, "seed": 0}

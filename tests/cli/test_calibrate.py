@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from typing import ClassVar
 
 import pytest
 from acc.cli.main import run
@@ -179,6 +180,8 @@ def test_ctrl_c_names_the_command_that_goes_on(capsys, monkeypatch, text, tmp_pa
 class Plain(Runtime):
     """A runtime whose file is the gates as JSON."""
 
+    options: ClassVar[dict[str, str]] = {"digits": "that are written"}
+
     @classmethod
     def write(cls, calibration, options):
         """Rounded as asked for."""
@@ -241,7 +244,14 @@ def test_what_cannot_be_exported_or_brought_is_said(capsys, made_up, stored, pla
         "--to dense is for packed models": ["export", folder, out, "--to", "dense"],
         "--to plain is for calibrations; a model can be written as dense": ["export", "demo", out, "--to", "plain"],
         "--to plan: there is plain": ["export", folder, out, "--to", "plan"],
-        "--sparsity: not used by plain, which takes --digits": ["export", folder, out, "--to", "plain", "--sparsity=1"],
+        "--sparsity: plain has no such option; it has --digits": [
+            "export",
+            folder,
+            out,
+            "--to",
+            "plain",
+            "--sparsity=1",
+        ],
         "--digits needs a value": ["export", folder, out, "--to", "plain", "--digits"],
         "--digits: no option of acc export for a packed model": [
             "export",

@@ -94,6 +94,14 @@ def test_figures_in_the_tables_are_those_of_the_tensors(capsys, made_up, stored)
     assert row[2:] == ["0.125", "0.5", "87.5%", "50.0%"]
     row = next(line for line in lines if line[:1] == ["8"])
     assert row[1] == f"{found['channels.recall'][..., 1].mean():.3f}"
+    assert row[3] == "0.200"  # of random channels
+    row = next(line for line in lines if line[:1] == ["1.txt"])
+    counted = found["sinks.class"][1].long().flatten().bincount(minlength=3).tolist()
+    assert row[1:] == [
+        f"{found['sinks.sink_mass'][1].mean():.3f}",
+        f"{found['sinks.sink_mass'][1].max():.3f}",
+        *map(str, counted),
+    ]
     counted = found["heads.kind"].long().flatten().bincount(minlength=4).tolist()
     assert f"{counted[0]} dense, {counted[1]} A-shape, {counted[2]} vertical-slash, {counted[3]} blocks" in said
 
@@ -111,8 +119,8 @@ DAMAGES = {
     "heads.kind: not every value is one of 0 to 3": ("heads.kind", lambda t: t[0].fill_(4)),
     "heads.budget: not every value is a share": ("heads.budget", lambda t: t[0].fill_(-1)),
     "heads.length: not every value is ascending": ("heads.length", lambda t: t.fill_(7)),
-    "channels.scale4: not every value is positive": ("channels.scale4", lambda t: t[0].fill_(0)),
-    "sinks.mass holds values that are not finite": ("sinks.mass", lambda t: t[0].fill_(float("nan"))),
+    "channels.scale4: not every value is positive": ("channels.scale4", lambda t: t[0].fill_(-1)),
+    "sinks.sink_mass holds values that are not finite": ("sinks.sink_mass", lambda t: t[0].fill_(float("nan"))),
     "heads.kind: has shape [4, 2], not [4, 4]": ("heads.kind", lambda t: t.resize_(4, 2)),
 }
 
