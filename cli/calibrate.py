@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shlex
 from pathlib import Path
 from typing import Annotated, Any
@@ -61,6 +62,7 @@ def _take(args: list[str], own: set[str], fields: dict[str, list[tuple[str, str]
 
 
 COMMAND = PassCommand
+PASSKEYS = (8, 4, 2, 1)  # of a prompt: the first number that fits
 LONGEST, SELF_LONGEST, SELF_ROW = 4096, 2048, 512  # tokens: of prompts, of prompts drawn from the model, of one draw
 
 
@@ -96,7 +98,7 @@ def calibrate(
     """Learn which heads need what of their context.
 
     Prompts of three lengths pass through the model once, block by block, and every pass looks on. A pass' own settings
-    are options as well, e.g. --sinks.FIELD; `acc show PASS` lists them.
+    are options as well, e.g. --cost 0.2 or --heads.cost 0.2; `acc show PASS` lists them.
     """
     import time
 
@@ -249,7 +251,7 @@ def _prompts(
     screen: Any, source: Any, data: list[str] | None, nsamples: int, seqlen: int | None, seed: int, kinds: set[str]
 ) -> tuple[list[Any], Any]:
     """The prompts of the kinds that somebody looks at, and a record of where they came from."""
-    from ..calibrate.prompts import passkey_prompt, text_prompts
+    from ..calibrate.prompts import text_prompts
     from .base import text_limits, tokenizer_of
     from .packing import HUB_TEXT
 
@@ -273,13 +275,25 @@ def _prompts(
             prompts += text_prompts(ids, [n for n in lengths for _ in range(nsamples)], spec)
         if "passkey" in kinds:
             for number in range(nsamples):
-                prompts += [
-                    passkey_prompt(tokenizer, ids, n, spec, count=8, seed=seed + 1000 * number + n) for n in lengths
-                ]
+                prompts += [_passkeys(tokenizer, ids, n, spec, seed + 1000 * number + n) for n in lengths]
     tokens = sum(len(prompt) for prompt in prompts)
     span = f"{lengths[-1]} to {lengths[0]}" if len(lengths) > 1 else lengths[0]
     screen.field("Prompts", f"{len(prompts)} of {span} tokens, {tokens:,} in all")
-    return prompts, {"texts": records, "lengths": lengths, "prompts": len(prompts), "tokens": tokens, "seed": seed}
+    stated = {len(prompt.stated) for prompt in prompts if prompt.kind == "passkey"}
+    if stated and min(stated) < PASSKEYS[0]:
+        screen.field("", f"short prompts have room for {min(stated)} passkeys, not {PASSKEYS[0]}")
+    record = {"texts": records, "lengths": lengths, "prompts": len(prompts), "tokens": tokens, "seed": seed}
+    return prompts, record | ({"passkeys": sorted(stated)} if stated else {})
+
+
+def _passkeys(tokenizer: Any, ids: Any, length: int, spec: str, seed: int) -> Any:
+    """A prompt with as many passkeys as there is room for. Raises ValueError when there is none for one."""
+    from ..calibrate.prompts import passkey_prompt
+
+    for count in PASSKEYS[:-1]:
+        with contextlib.suppress(ValueError):
+            return passkey_prompt(tokenizer, ids, length, spec, count=count, seed=seed)
+    return passkey_prompt(tokenizer, ids, length, spec, count=PASSKEYS[-1], seed=seed)
 
 
 def _text(spec: str, source: Any, tokenizer: Any, tokens: int, row: int, seed: int, limits: dict[str, Any]) -> Any:

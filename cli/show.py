@@ -101,7 +101,7 @@ def _describe(screen: Any, kind: str, name: str) -> dict[str, Any]:
     screen.line()
     if kind == "passes":
         fields = _fields(screen, cls, name)
-        screen.line(
+        screen.prose(
             f"Looks at {' and '.join(cls.kinds)} prompts; an option that another pass has too is --{name}.OPTION"
         )
         return {"text": text, "fields": fields, "kinds": list(cls.kinds)}
