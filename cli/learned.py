@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from ..formats.calibration import Calibration
     from .ui import Screen
 
-SHORT = {"official heads mixed": "as run", "chosen 4 bits": "4 bits"}  # what a narrow column calls it
+SHORT = {"official heads mixed": "mixed", "chosen 4 bits": "4 bits"}  # what a narrow column calls it
 KINDS = ("dense", "A-shape", "vertical-slash", "blocks")  # of `heads.kind`
 LETTERS = "DAVB"
 PLACES = (("",), ("left", "right"), ("left", "middle", "right"))  # of maps that stand side by side
@@ -225,7 +225,7 @@ def _heads(calibration: Calibration, name: str) -> Told:
     told = Told([", ".join(f"{number} {one}" for one, number in zip(KINDS, counted) if number) + " heads"])
     if "margin" in found:
         margin = found["margin"][layers].float().masked_fill(kind == 0, float("inf"))
-        order = margin.flatten().argsort(stable=True)[:FEW].tolist()
+        order = margin.flatten().abs().argsort(stable=True)[:FEW].tolist()
         close = [(layers[i // kind.shape[1]], i % kind.shape[1], margin.flatten()[i].item()) for i in order]
         close = [call for call in close if call[2] != float("inf")]
         if close:
@@ -310,6 +310,8 @@ def _channels(calibration: Calibration, name: str) -> Told:
     counts, recall, others = recall_curves(calibration)
     if recall is not None:
         told.lines.append("recall of attention by the 1/16 of tokens that so many channels rank highest")
+        if "official heads mixed" in others:
+            told.lines.append("official: by Double Sparsity's statistic; mixed: as its code computes that")
         columns = ["channels", "recall", "lowest 5%", *(SHORT.get(name, name) for name in others)]
         rows = []
         for index, number in enumerate(counts):

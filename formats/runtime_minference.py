@@ -7,7 +7,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -32,6 +32,8 @@ class Minference(Runtime):
 
     Budgets are written for prompts of `length` tokens, by default the longest that was calibrated. Block-sparse heads
     have no budget of their own there, and dense heads no name: they become columns and diagonals without a gap."""
+
+    options: ClassVar[Mapping[str, str]] = {"length": "tokens of the prompts that budgets are written for"}
 
     @classmethod
     def write(cls, calibration: Calibration, options: Mapping[str, Any]) -> tuple[dict[str, bytes], list[str]]:
