@@ -39,7 +39,10 @@ class DuoAttention(Runtime):
         if not of:
             raise ValueError("the calibration has no retrieval pass; make one with: acc calibrate MODEL retrieval")
         settings = {**calibration.facts["passes"]["retrieval"]["settings"], **options}
-        sparsity = float(settings.get("sparsity", SPARSITY))
+        sparsity = settings.get("sparsity", SPARSITY)
+        if not isinstance(sparsity, int | float):
+            raise ValueError(f"sparsity: give a share of the KV heads, from 0 to 1, not {sparsity!r}")
+        sparsity = float(sparsity)
         sizes = {"sink_size": _size(settings, "sink", SINK), "recent_size": _size(settings, "recent", RECENT)}
         gate = of["gate"].double()
         lines = ("\t".join(f"{value:.18e}" for value in row) for row in gate.tolist())

@@ -41,7 +41,9 @@ class Minference(Runtime):
         if not of:
             raise ValueError("the calibration has no heads pass; make one with: acc calibrate MODEL heads")
         lengths = of["length"]
-        tokens = int(options.get("length") or lengths[-1])
+        tokens = options.get("length", int(lengths[-1]))
+        if not isinstance(tokens, int):
+            raise ValueError(f"length: give a number of tokens, not {tokens!r}")
         if tokens < LEAST_SLASH:
             raise ValueError(f"length {tokens}: a prompt of fewer than {LEAST_SLASH} tokens has no pattern")
         budgets = budget_at(lengths, of["budget"], tokens).tolist()
