@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -31,6 +31,8 @@ class DoubleSparse(Runtime):
     does, where c turns with c + D/2; the option `layout=interleaved` numbers them for kernels in which neighbours turn
     together.
     """
+
+    options: ClassVar[Mapping[str, str]] = {"layout": "hf or interleaved"}
 
     @classmethod
     def write(cls, calibration: Calibration, options: Mapping[str, Any]) -> tuple[dict[str, bytes], list[str]]:
