@@ -94,14 +94,14 @@ class Seat:
 
     def __init__(self, layer: int, plan: LayerPlan, base: str):
         self.layer, self.plan, self.base = layer, plan, base
-        self._on: dict[tuple[torch.device, int], PlannedAttention] = {}
+        self._on: dict[tuple[torch.device, torch.dtype, int], PlannedAttention] = {}
 
     def __deepcopy__(self, memo: Any) -> Seat:
         return self  # copies of a cache are for the same module
 
     def on(self, value: Tensor) -> PlannedAttention:
-        """The plan on the device of `value [B, H, S, Dv]`."""
-        key = value.device, value.shape[-1]
+        """The plan for tensors such as `value [B, H, S, Dv]`."""
+        key = value.device, value.dtype, value.shape[-1]
         if key not in self._on:
             self._on[key] = PlannedAttention(self.plan, *key)
         return self._on[key]

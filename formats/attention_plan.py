@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,12 +13,12 @@ from torch import Tensor
 
 from ..kernels.attention_index import cost
 from ..kernels.attention_label import LABEL_BITS
-from ..kernels.attention_select import chosen
 from ..kernels.attention_sparse import BLOCK
 from ..kernels.base import pick
 from .calibration import Calibration
 from .model import AttentionLayer
 from .patterns import DENSE, budget_at, dense_cost, prefill_index
+from .streaming import streams
 
 PASSES = ("heads", "retrieval", "channels")  # whose findings a plan is made of
 LEAST_TOKENS = 256  # that a decoding head reads; contexts up to twice as long are read whole
@@ -125,9 +126,9 @@ class AttentionPlan:
         read = _Findings(calibration, layout)
         if sparsity is None:
             sparsity = read.calibrated_sparsity() if "retrieval" in use else 0.0
-        streams = read.streams(sparsity) if "retrieval" in use else [()] * len(layout)
+        streaming = read.streams(sparsity) if "retrieval" in use else [()] * len(layout)
         layers = [
-            None if layer.refused is not None else read.layer(layer, streams[layer.index], use, tokens)
+            None if layer.refused is not None else read.layer(layer, streaming[layer.index], use, tokens)
             for layer in layout
         ]
         if "channels" in use:
@@ -141,6 +142,11 @@ class AttentionPlan:
         kept = tuple(None if one is None or _is_dense(one) else one for one in layers)
         return cls(kept, layout, calibration.facts["model"]["name"], sparsity)
 
+    @classmethod
+    def load(cls, folder: Path | str, **options: Any) -> AttentionPlan:
+        """The plan of a calibration's folder; options and errors as of `of`, and those of `Calibration.load`."""
+        return cls.of(Calibration.load(folder), **options)
+
     def check(self, layers: Sequence[AttentionLayer]) -> None:
         """Raises ValueError, saying which layer, when the plan is not one for a model with these layers."""
         if len(layers) != len(self.layout):
@@ -151,13 +157,25 @@ class AttentionPlan:
             here, there = (_described(layer) for layer in (ours, theirs))
             if here != there:
                 raise ValueError(
-                    f"the plan is for {self.model}: its layer {ours.index} has {here}, this model's {there}"
+                    f"the plan is for {self.model}, whose layer {ours.index} has {here}; this model's has {there}"
                 )
 
     @property
     def streaming_heads(self) -> int:
         """KV heads that stream."""
         return sum(len(layer.streams) for layer in self.layers if layer is not None)
+
+    def summary(self) -> dict[str, int]:
+        """How many heads and layers do what."""
+        planned = [layer for layer in self.layers if layer is not None]
+        return {
+            "kv_heads": sum(layer.kv_heads for layer in self.layout if layer.refused is None),
+            "streaming_kv_heads": self.streaming_heads,
+            "query_heads": sum(layer.heads for layer in self.layout if layer.refused is None),
+            "sparse_query_heads": sum(int((p.patterns.kind != DENSE).sum()) for p in planned if p.patterns),
+            "layers": len(self.layers),
+            "labelled_layers": sum(layer.labels is not None for layer in planned),
+        }
 
 
 def _described(layer: AttentionLayer) -> str:
@@ -194,13 +212,10 @@ class _Findings:
         """The KV heads of each layer that stream: of all heads those of the lowest rank."""
         kv_heads = max(layer.kv_heads for layer in self.layout)
         rank = self.tensor("retrieval", "rank", len(self.layout), kv_heads)
-        open_heads = rank >= 0
-        count = round(sparsity * int(open_heads.sum()))
-        order = rank[open_heads].sort().values
+        order = rank[rank >= 0].sort().values
         if not torch.equal(order, torch.arange(len(order), dtype=order.dtype)):
             raise ValueError("the calibration's retrieval.rank is no order of its heads; make it anew")
-        chosen_heads = open_heads & (rank < count)
-        return [tuple(row.nonzero()[:, 0].tolist()) for row in chosen_heads]
+        return [tuple(row.nonzero()[:, 0].tolist()) for row in streams(rank, sparsity)]
 
     def layer(self, layer: AttentionLayer, streams: tuple[int, ...], use: Sequence[str], tokens: float) -> LayerPlan:
         """The plan without labels."""
@@ -248,16 +263,18 @@ class _Findings:
 class PlannedAttention:
     """Runs a layer's plan on tensors of one device. Kernels are chosen here, once."""
 
-    def __init__(self, plan: LayerPlan, device: torch.device, value_dim: int):
+    def __init__(self, plan: LayerPlan, device: torch.device, dtype: torch.dtype, value_dim: int):
         self.plan, self.device = plan, device
-        problem: dict[str, Any] = {"head_dim": plan.head_dim, "value_dim": value_dim}
+        wanted = ["streaming"] if plan.streams else []
+        problem: dict[str, Any] = {"head_dim": plan.head_dim, "value_dim": value_dim, "dtype": dtype}
+        if plan.patterns is not None:
+            wanted.append("sparse")
         if plan.labels is not None:
+            wanted += ["label", "select", "gather"]
             self._channels, self._scale = plan.labels.channels.to(device), plan.labels.scale.to(device)
+            self._chosen = pick("chosen", device.type)
             problem |= {"bits": plan.labels.bits, "channels": plan.labels.channels.shape[-1]}
-        self._kernels = {
-            op: pick(f"attention_{op}", device.type, **problem)
-            for op in ("streaming", "sparse", "label", "select", "gather")
-        }
+        self._kernels = {op: pick(f"attention_{op}", device.type, **problem) for op in wanted}
         self._sink, self._recent = plan.sink.to(device), plan.recent.to(device)
         self.streams, self.full = self._places(plan.streams), self._places(plan.full)
         self.stream_queries = self._places(plan.query_heads(plan.streams))
@@ -306,7 +323,7 @@ class PlannedAttention:
             return dense(query, key, value)
         bits = self.plan.labels.bits
         score = self._kernels["select"](query[:, :, 0], label, self._channels, self._scale, bits=bits, scaling=scaling)
-        index = chosen(score, tokens=count, sink=SINK, recent=RECENT)
+        index = self._chosen(score, tokens=count, sink=SINK, recent=RECENT)
         return self._kernels["gather"](query, key, value, index, scaling=scaling)
 
     def _sparse(
