@@ -27,7 +27,8 @@ Function = Callable[..., tuple[Tensor, Tensor | None]]  # what the attention int
 Pair = tuple[Tensor, Tensor]  # keys and values
 MASKS: dict[str, Callable[..., Tensor | None]] = {"sdpa": sdpa_mask, "eager": eager_mask}
 NAMES = {"sdpa": "acc", "eager": "acc_over_eager"}  # of our function, by what layers without a plan run
-SLACK = 64  # tokens for which a cache has room ahead
+AHEAD = 16  # tokens for which a growing cache has room at least
+SLACK = 64  # tokens that a streaming head's cache gathers before it lets the oldest go
 MASK_NUMBERS = 1 << 26  # in a mask of dense heads' chunk: their queries are taken in slices
 
 
@@ -324,7 +325,7 @@ class Rows:
         return self.held
 
     def room(self, end: int) -> int:
-        return end + max(SLACK, end // 16)
+        return end + max(AHEAD, end // 16)
 
 
 class Window(Rows):
