@@ -374,8 +374,8 @@ def _attention(
     if seat is not None:
         if mask is not None:
             raise ValueError(
-                f"layer {seat.layer} follows a plan, which knows no padding and no mask of one's own: give prompts of"
-                " equal length, one at a time, or acc.detach(model)"
+                f"layer {seat.layer} follows a plan, which knows no padding, no mask of one's own and no static cache:"
+                " give prompts of equal length, or one at a time, or acc.detach(model)"
             )
         return seat(dense, module, query, key, value, **kwargs)
     if hasattr(key, "_acc_layer"):
@@ -388,21 +388,33 @@ def _attention(
 def _mask(
     base: str,
     *,
+    q_length: int,
+    kv_length: int,
+    q_offset: int = 0,
+    kv_offset: int = 0,
     mask_function: Callable = causal_mask_function,
     attention_mask: Tensor | None = None,
     allow_is_causal_skip: bool = True,
-    **sizes: Any,
+    **others: Any,
 ) -> Tensor | None:
-    """The mask function that is registered as NAMES[base]: none where it would be causal and no more, which for a chunk
-    of a long prompt would be large; the layers that need it make it. Any other is the base's."""
+    """The mask function that is registered as NAMES[base]: none where queries are the last tokens, see all before them
+    and nothing is padded. For a chunk of a long prompt that mask would be large, so the layers that need it make it.
+    Any other is the base's, as a tensor, which layers with a plan refuse."""
+    last = kv_offset == 0 and bool(q_offset + q_length == kv_length)  # not so in a cache of fixed length
     padded = attention_mask is not None and not bool(attention_mask.all())
-    if mask_function is causal_mask_function and allow_is_causal_skip and not padded:
-        return None
+    if mask_function is causal_mask_function:
+        if last and allow_is_causal_skip and not padded:
+            return None
+        allow_is_causal_skip = False
     return MASKS[base](
+        q_length=q_length,
+        kv_length=kv_length,
+        q_offset=q_offset,
+        kv_offset=kv_offset,
         mask_function=mask_function,
         attention_mask=attention_mask,
         allow_is_causal_skip=allow_is_causal_skip,
-        **sizes,
+        **others,
     )
 
 

@@ -239,6 +239,17 @@ def test_kinds_differ_within_a_layer(load, kinds):
     assert (got - plain).abs().max() > 1e-3  # the plan leaves something out
 
 
+def test_patterns_are_estimated_for_each_chunk(load):
+    model, ids = load("llama"), ids_of(900)
+    plan = Wanted(model).heads_([2, 1, 3, 3], 0.05, 0.05).plan()
+    PATTERNS.clear()
+    PATTERNS.update({i: patterned(one) for i, one in enumerate(plan.layers)})
+    model.set_attn_implementation("explicit_test")
+    reference = in_chunks(model, ids, [600, 300], Whole(config=model.config))
+    model.set_attn_implementation("sdpa")
+    close(in_chunks(attach(model, plan), ids, [600, 300], PlanCache(model)), reference, 2e-5)
+
+
 def test_streaming_and_patterned_heads_in_one_layer(load):
     model, ids = load("llama"), ids_of(700)
     plan = Wanted(model).retrieval(sink=4, recent=40).heads_([2, 1, 2, 3], 0.1, 0.1).plan(sparsity=0.5)
@@ -331,6 +342,14 @@ def test_padding_is_refused(load, family):
     with pytest.raises(ValueError, match=r"layer \d follows a plan, which knows no padding"):
         model(ids, attention_mask=mask)
     model(ids, attention_mask=torch.ones_like(ids))
+
+
+def test_a_static_cache_is_refused(load):
+    """It hands over keys that are not there yet."""
+    model, ids = load("llama"), ids_of(20)
+    attach(model, Wanted(model).retrieval().plan())
+    with pytest.raises(ValueError, match="no static cache"):
+        model.generate(ids, max_new_tokens=4, cache_implementation="static", pad_token_id=0)
 
 
 @pytest.mark.parametrize("base", ["sdpa", "eager"])
