@@ -28,6 +28,12 @@ Plan = Annotated[
 Sparsity = Annotated[
     float | None, typer.Option(help="with --plan: share of KV heads that stream; default: as calibrated")
 ]
+Use = Annotated[
+    list[str] | None, typer.Option(help="with --plan: heads, retrieval or channels, of these alone; default: all")
+]
+Adaptive = Annotated[
+    bool, typer.Option("--adaptive", help="with --plan: sparse heads' budgets are set by each prompt, as FlexPrefill's")
+]
 Spill = Annotated[Path | None, typer.Option(help="folder for hidden states that should not stay in memory")]
 
 
@@ -104,15 +110,18 @@ def sampler(source: Source, dtype: Any = None) -> Any:
     return partial(sample_self, model)
 
 
-def plan_of(screen: Screen, folder: Path | None, sparsity: float | None) -> AttentionPlan | None:
-    """What `--plan` and `--sparsity` ask for, and shows it; None where no plan is wanted."""
+def plan_of(
+    screen: Screen, folder: Path | None, sparsity: float | None, use: list[str] | None, adaptive: bool
+) -> AttentionPlan | None:
+    """What `--plan` and the options with it ask for, and shows it; None where no plan is wanted."""
     if folder is None:
-        if sparsity is not None:
-            raise ValueError("--sparsity is of a plan: name the calibration's folder with --plan")
+        for name, given in (("--sparsity", sparsity is not None), ("--use", use), ("--adaptive", adaptive)):
+            if given:
+                raise ValueError(f"{name} is of a plan: name the calibration's folder with --plan")
         return None
     from ..formats.attention_plan import AttentionPlan
 
-    plan = AttentionPlan.load(folder, sparsity=sparsity)
+    plan = AttentionPlan.load(folder, sparsity=sparsity, use=use or None, adaptive=adaptive)
     found = plan.summary()
     screen.field("Plan", f"{folder}: {found['streaming_kv_heads']} of {found['kv_heads']} KV heads stream")
     screen.field(

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .base import Device, Dtype, Json, Model, Plan, Planes, Seed, Sparsity, Spill
+from .base import Adaptive, Device, Dtype, Json, Model, Plan, Planes, Seed, Sparsity, Spill, Use
 
 
 def eval(
@@ -20,6 +20,8 @@ def eval(
     max_ppl_ratio: Annotated[float | None, typer.Option(help="exit code 3 when the ratio is larger")] = None,
     plan: Plan = None,
     sparsity: Sparsity = None,
+    use: Use = None,
+    adaptive: Adaptive = False,
     passkeys: Annotated[
         int | None, typer.Option(min=1, help="ask for so many passkeys in --data instead of measuring perplexity")
     ] = None,
@@ -57,7 +59,7 @@ def eval(
     source = open_source(model)
     if planes is not None:
         source.read_planes(planes)
-    wanted = plan_of(screen, plan, sparsity)
+    wanted = plan_of(screen, plan, sparsity, use, adaptive)
     if passkeys is not None:
         _ask(screen, source, data, passkeys, seqlen, wanted, kind, planes, device, seed)
         return

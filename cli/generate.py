@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .base import Device, Dtype, Json, Model, Plan, Planes, Seed, Sparsity
+from .base import Adaptive, Device, Dtype, Json, Model, Plan, Planes, Seed, Sparsity, Use
 
 
 def generate(
@@ -18,6 +18,8 @@ def generate(
     chat: Annotated[bool, typer.Option("--chat", help="wrap the prompt in the model's chat template")] = False,
     plan: Plan = None,
     sparsity: Sparsity = None,
+    use: Use = None,
+    adaptive: Adaptive = False,
     planes: Planes = None,
     seed: Seed = 0,
     dtype: Dtype = "auto",
@@ -36,7 +38,7 @@ def generate(
     source = open_source(model)
     tokenizer = tokenizer_of(source)
     kind = check_dtype(dtype)
-    wanted = plan_of(screen, plan, sparsity)
+    wanted = plan_of(screen, plan, sparsity, use, adaptive)
     loaded = loaded_model(source, kind, planes, device)
     cache: Any = None
     if wanted is not None:

@@ -79,6 +79,9 @@ def test_passkeys_need_the_heads_that_find_them(capsys, plan, text):
     ("words", "message"),
     [
         (["generate", "demo", "x", "--sparsity", "0.5"], "--sparsity is of a plan"),
+        (["generate", "demo", "x", "--use", "heads"], "--use is of a plan"),
+        (["generate", "demo", "x", "--plan", "PLAN", "--use", "heads"], "no pass 'heads', only retrieval"),
+        (["generate", "demo", "x", "--plan", "PLAN", "--adaptive"], "lacks the tensor heads.gamma"),
         (["generate", "demo", "x", "--plan", "PLAN", "--sparsity", "2"], "sparsity 2.0: expected 0 to 1"),
         (["generate", "demo", "x", "--plan", "nowhere"], "nowhere: no calibration.json there"),
         (["generate", "demo", "x", "--plan", "SHORT"], "the plan is for demo, which has 3 layers; this model has 4"),

@@ -219,17 +219,20 @@ def patterned(one):
             mine = slice(place * group, (place + 1) * group)
             tokens = budget_at(one.patterns.length, one.patterns.budget[mine], keys)
             q, k = query[:, head * group : (head + 1) * group], key[:, head : head + 1]
-            index = prefill_index(one.patterns.kind[mine], tokens, q, k, scaling=scaling)
+            settings = {"scaling": scaling, "adaptive": one.patterns.adaptive}
+            index = prefill_index(one.patterns.kind[mine], tokens, q, k, **settings)
             allowed[head * group : (head + 1) * group] = covered(index, rows, keys)
         return allowed
 
     return pattern
 
 
-@pytest.mark.parametrize("kinds", [[0, 0, 1, 2], [2, 1, 3, 3]])
-def test_kinds_differ_within_a_layer(load, kinds):
+@pytest.mark.parametrize(("kinds", "adaptive"), [([0, 0, 1, 2], False), ([2, 1, 3, 3], False), ([0, 2, 0, 3], True)])
+def test_kinds_differ_within_a_layer(load, kinds, adaptive):
     model, ids = load("llama"), ids_of(700)
-    plan = Wanted(model).heads_(kinds, 0.1, 0.1).plan()
+    wanted = Wanted(model).heads_(kinds, 0.1, 0.1)
+    wanted.tensors |= {"heads.gamma": torch.tensor([0.3]), "heads.tau": torch.tensor([0.1])}
+    plan = wanted.plan(adaptive=adaptive)
     reference = expected(model, ids, {i: patterned(one) for i, one in enumerate(plan.layers)})
     with torch.no_grad():
         plain = model(ids, use_cache=False).logits
