@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from triton import knobs
+from triton.runtime import driver
 
 from .launch_triton import DTYPES
 from .launch_triton import refuses as _refuses
@@ -82,21 +83,24 @@ def sizes(query: Tensor, value: Tensor, most_rows: int) -> dict[str, Any]:
     Keys and values of as many tiles as are loaded ahead have to fit in shared memory beside the queries.
     """
     rows, width, value_width = query.shape[2], query.shape[3], value.shape[3]
-    exact = query.dtype == torch.float32  # dot products without tensor cores, which take more registers
     block_d, block_v = (max(triton.next_power_of_2(w), 16) for w in (width, value_width))
-    block_m = min(32 if exact else most_rows, max(triton.next_power_of_2(rows), 16))
-    if max(block_d, block_v) > 128:
-        block_m = min(block_m, 64)
-    size = query.element_size()
-    for block_n, stages in ((64, 3), (64, 2), (32, 2), (32, 1), (16, 1)):
-        shared = size * (block_m * block_d + stages * block_n * (block_d + block_v))
-        if shared <= _shared_memory(query.device) and (block_n <= 32 or not exact):
+    widest = max(block_d, block_v)
+    tiles = [(64, 3), (64, 2), (32, 2), (32, 1), (16, 1)]  # of keys, and how many are loaded ahead
+    if query.dtype == torch.float32:  # no tensor cores: the operands of a dot product lie in registers
+        most_rows = 32 if widest <= 64 else 16
+        tiles = [(most_rows, 2), (16, 1)]
+    elif widest > 128:
+        most_rows = 64
+    block_m = min(most_rows, max(triton.next_power_of_2(rows), 16))
+    for block_n, stages in tiles:
+        shared = query.element_size() * (block_m * block_d + stages * block_n * (block_d + block_v))
+        if shared <= _shared_memory(query.device):
             break
     return {
         "D": width, "DV": value_width, "BLOCK_D": block_d, "BLOCK_V": block_v, "BLOCK_M": block_m, "BLOCK_N": block_n,
         # the interpreter takes the bits of bfloat16 for integers in a dot product
         "DTYPE": tl.float32 if knobs.runtime.interpret else DTYPES[query.dtype], "PRECISION": "ieee",
-        "num_stages": stages, "num_warps": 8 if block_m > 64 or max(block_d, block_v) > 128 else 4,
+        "num_stages": stages, "num_warps": 8 if block_m > 64 or (block_m == 64 and widest > 128) else 4,
     }  # fmt: skip
 
 
@@ -104,7 +108,8 @@ def sizes(query: Tensor, value: Tensor, most_rows: int) -> dict[str, Any]:
 def _shared_memory(device: torch.device) -> int:
     if device.type != "cuda":
         return LEAST_SHARED_MEMORY
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin - 1024
+    utilities: Any = driver.active
+    return utilities.utils.get_device_properties(device.index)["max_shared_mem"] - 1024  # the compiler takes some
 
 
 def check(name: str, query: Tensor, key: Tensor, value: Tensor) -> None:

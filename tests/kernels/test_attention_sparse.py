@@ -103,6 +103,14 @@ def test_equals_the_masked_softmax(rows, keys, kind):
     assert_close(actual, masked(query, key, value, index, 0.3), 2e-6)
 
 
+def test_slices_do_not_change_the_result(monkeypatch):
+    query, key, value = inputs(1, 4, 2, 150, 200, 16)
+    index = index_of("several", query, key)
+    whole = attention_sparse(query, key, value, *index, scaling=0.3)
+    monkeypatch.setattr("acc.kernels.attention_sparse.AT_ONCE", 1)
+    assert torch.equal(attention_sparse(query, key, value, *index, scaling=0.3), whole)
+
+
 @pytest.mark.parametrize("rows", [40, 300])
 def test_a_budget_of_everything_is_dense(rows):
     query, key, value = inputs(1, 4, 2, rows, 300, 16)

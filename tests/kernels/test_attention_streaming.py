@@ -94,6 +94,16 @@ def test_chunks_equal_the_whole(monkeypatch, way):
         torch.testing.assert_close(part, whole[:, :, begin:end], rtol=1e-5, atol=1e-6)
 
 
+def test_the_definition_has_the_gradient_of_the_mask():
+    tensors = [x.requires_grad_() for x in inputs(1, 4, 2, 70, 90, 16)]
+    weight = torch.randn(1, 4, 70, 16, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    actual = torch.autograd.grad((attention_streaming(*tensors, **settings([3, 0], [20, 64])) * weight).sum(), tensors)
+    mask = visible([3, 0], [20, 64], 70, 90, 2)
+    expected = torch.autograd.grad((masked(*tensors, mask, 0.3) * weight).sum(), tensors)
+    for a, b in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
 def test_a_head_without_a_window_and_queries_without_keys_are_refused():
     with pytest.raises(ValueError, match="at least 1 recent token"):
         attention_streaming(*inputs(1, 2, 2, 5, 5, 16), **settings([1, 1], [3, 0]))
