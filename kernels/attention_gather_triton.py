@@ -121,9 +121,9 @@ def _launch(query: Tensor, key: Tensor, value: Tensor, index: Tensor, merged: Te
     """Writes `merged [B, H, T, Dv]`, not empty."""
     (batch, heads, count, dim), kv_heads, dim_v = query.shape, key.shape[1], value.shape[-1]
     queries, programs, chosen = heads // kv_heads * count, batch * kv_heads, index.shape[-1]
-    block_m = min(max(16, triton.next_power_of_2(queries)), 64)
-    small = query.dtype == torch.float32 or max(dim, dim_v) > 128
-    block_n = 32 if small else 64
+    wide, exact = max(dim, dim_v) > 128, query.dtype == torch.float32
+    block_m = min(max(16, triton.next_power_of_2(queries)), 32 if wide and exact else 64)
+    block_n = 32 if wide or exact else 64
     tiles = -(-queries // block_m)
     steps, splits = split_columns(-(-chosen // block_n), programs * tiles, query.device, MOST_SPLITS)
     part = query.new_empty(programs, splits, 2, queries, dtype=torch.float32)
@@ -138,7 +138,9 @@ def _launch(query: Tensor, key: Tensor, value: Tensor, index: Tensor, merged: Te
         query=query, key=key, value=value, index=index, part=part, out=out, length=key.shape[2], chosen=chosen,
         steps=steps, splits=splits, log2_scaling=scaling * log2(e), KV_HEADS=kv_heads, QUERIES=queries, T=count,
         D=dim, DV=dim_v, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_D=max(16, triton.next_power_of_2(dim)),
-        BLOCK_V=max(16, triton.next_power_of_2(dim_v)), DTYPE=DTYPES[dtype], num_stages=2, **strides,
+        BLOCK_V=max(16, triton.next_power_of_2(dim_v)), DTYPE=DTYPES[dtype],
+        num_stages=1 if wide and exact else 2,  # within 99 KiB of shared memory
+        **strides,
     )  # fmt: skip
     block_v = min(triton.next_power_of_2(dim_v), 64)
     merge_kernel[queries, programs, -(-dim_v // block_v)](

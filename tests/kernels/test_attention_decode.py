@@ -3,6 +3,9 @@
 The Triton kernels equal their torch definitions: on a GPU where there is one, else in Triton's interpreter.
 """
 
+import importlib.util
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -383,17 +386,16 @@ def test_attention_of_the_kernel(monkeypatch, size, dtype):
     assert error(actual, expected) < TOLERANCE[dtype]
 
 
-@pytest.mark.parametrize(("length", "tokens", "sink", "recent"), [(2000, 125, 4, 32), (1001, 700, 0, 1)])
-def test_chosen_of_the_kernel(monkeypatch, length, tokens, sink, recent):
+def test_chosen_of_the_kernel(monkeypatch):
     """Over several splits, with scores of every size, of which many are equal, some zeros of either sign, some NaN."""
-    monkeypatch.setattr(chosen_triton, "BLOCK_S", 256)
-    score = random(4, length)
+    monkeypatch.setattr(chosen_triton, "BLOCK_S", 512)
+    score = random(4, 1301)
     score[1] = 1 + 1e-6 * score[0]  # of which only the last bits differ
     score[2] = (4 * score[2]).round()
     score[3] = (1e30 * score[3]).where(score[3] > -1.5, torch.nan)
     small = torch.stack([score[0].softmax(-1), score[0].sign() * 0.0, -score[1], score[2] * 1e-42])
     for made in (score[None], small[None]):
-        expected, actual = both("chosen", monkeypatch, made, tokens=tokens, sink=sink, recent=recent)
+        expected, actual = both("chosen", monkeypatch, made, tokens=500, sink=4, recent=32)
         assert torch.equal(expected, actual)
 
 
@@ -475,3 +477,41 @@ def test_a_kernel_refuses_with_a_reason(monkeypatch):
         pick("attention_select", device=DEVICE, bits=2)
     with pytest.raises(ValueError, match="mps"):
         pick("attention_label", device="mps")
+
+
+# The bench
+
+
+@pytest.fixture(scope="module")
+def bench():
+    path = Path(__file__).parents[1] / "bench" / "attention_decode.py"
+    spec = importlib.util.spec_from_file_location("bench_attention_decode", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(("share", "bits"), [(1 / 4, 4), (1 / 2, 8), (1 / 4, 16)])
+def test_the_bench_counts_labels_scores_and_chosen_tokens_and_times_the_parts(monkeypatch, bench, share, bits):
+    monkeypatch.setenv("ACC_KERNELS", "reference")
+    query, key, value = problem(group=4, length=640)
+    case = bench.sparse_case(query, key, value, share, bits, bench.cpu_seconds, 1)
+    assert case["tokens"] == 640 // 16
+    per_head = 640 * (16 * share * (4 if bits == 16 else bits / 8) + 4) + 2 * 40 * 16 * 4
+    assert case["bytes"] == 2 * per_head
+    assert set(case["parts"]) == {"select", "choose", "gather"}
+    assert case["seconds"] > 0
+
+
+@pytest.mark.parametrize("broken", ["attention_select", "attention_gather"])
+def test_the_bench_times_nothing_that_is_wrong(monkeypatch, bench, broken):
+    monkeypatch.setenv("ACC_KERNELS", "reference")
+
+    def picked(op, device, **problem):
+        function = pick(op, device, **problem)
+        return (lambda *a, **k: 1.02 * function(*a, **k)) if op == broken else function
+
+    monkeypatch.setattr(bench, "pick", picked)
+    case = bench.sparse_case(*problem(group=4, length=640), 1 / 4, 4, bench.cpu_seconds, 1)
+    assert not case["right"]
+    assert "seconds" not in case
