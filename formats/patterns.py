@@ -56,20 +56,19 @@ class Estimate:
     keys: int
     device: torch.device
     vertical: Tensor | None  # [B, H, S], the mean probability of each key, of the last 64 rows
-    tiles: Tensor | None  # [B, H, C], the same of each band of 64 keys, nearest first
+    slash: Tensor | None  # [B, H, S], the same of each distance, nearest first
     blocks: Tensor | None  # [B, H, R, C], scores of blocks of keys for blocks of rows
 
     @classmethod
     def of(cls, query: Tensor, key: Tensor, *, scaling: float, kinds: set[int] | None = None) -> Estimate:
         """query `[B, H, T, D]`, key `[B, Hkv, S, D]`; `kinds` are those that will be asked for, by default all."""
         kinds = set(range(len(KINDS))) if kinds is None else kinds
-        vertical = tiles = blocks = None
+        vertical = slash = blocks = None
         if VERTICAL_SLASH in kinds:
             vertical, slash = estimate_vertical_slash(query, key, scaling=scaling)
-            tiles = band_mass(slash)
         if BLOCKS in kinds:
             blocks = estimate_blocks(query, key, scaling=scaling)
-        return cls(len(query), query.shape[2], key.shape[2], query.device, vertical, tiles, blocks)
+        return cls(len(query), query.shape[2], key.shape[2], query.device, vertical, slash, blocks)
 
     def index(self, kind: int, budget: Tensor, heads: Tensor) -> Index:
         """The keys that `heads [h]`, all of one kind, read with the budgets int `[h, 2]`; of `B = 1` where nothing
@@ -83,8 +82,8 @@ class Estimate:
             assert self.blocks is not None
             return block_index(self.blocks[:, heads], -(-first // BLOCK), self.rows, self.keys)
         assert self.vertical is not None
-        assert self.tiles is not None
-        return self._vertical_slash(self.vertical[:, heads], self.tiles[:, heads], first, -(-second // BLOCK))
+        assert self.slash is not None
+        return self._vertical_slash(self.vertical[:, heads], self.slash[:, heads], first, -(-second // BLOCK))
 
     def mixed(self, kind: Tensor, budget: Tensor) -> Index:
         """kind uint8 `[H]`, budget int `[H, 2]` in tokens -> what the heads, each of its own kind, read.
@@ -101,22 +100,35 @@ class Estimate:
             parts.append((heads.tolist(), Index(*(field.expand(self.batch, *field.shape[1:]) for field in index))))
         return stack(parts)
 
-    def _vertical_slash(self, vertical: Tensor, tiles: Tensor, columns: Tensor, bands: Tensor) -> Index:
-        """As MInference, but of diagonals whole bands are chosen, by what a band holds: a diagonal that is chosen by
-        itself costs a band all the same. And keys that the last rows see in the bands nearest to them are no columns,
-        however much they are looked at: it says nothing of the rows before."""
-        tiles = tiles.clone()
+    def _vertical_slash(self, vertical: Tensor, slash: Tensor, columns: Tensor, bands: Tensor) -> Index:
+        """As MInference, with three differences. Of diagonals whole bands are chosen, by what a band holds, as one that
+        is chosen by itself costs a band all the same. What the best columns explain of a diagonal does not speak for
+        it. And keys that the last rows see in the bands nearest to them are no columns, however much they are looked
+        at: it says nothing of the rows before."""
+        best = _first(vertical, columns)
+        tiles = band_mass((slash - spread(vertical * best)).clamp(min=0))
         tiles[..., 0] = torch.inf
         bands = bands.clamp(max=tiles.shape[-1])
-        order = tiles.sort(dim=-1, descending=True, stable=True).indices
-        rank = torch.arange(tiles.shape[-1], device=tiles.device)
-        kept = torch.zeros_like(tiles).scatter_(-1, order, (rank < bands[:, None]).to(tiles.dtype).expand_as(order))
-        near = BLOCK * kept.cumprod(-1).sum(-1, keepdim=True)
-        place = torch.arange(self.keys, device=tiles.device)
+        near = BLOCK * _first(tiles, bands).long().cumprod(-1).sum(-1, keepdim=True)
+        place = torch.arange(self.keys, device=slash.device)
         vertical = vertical.masked_fill(place >= self.keys - near, 0.0)
-        slash = vertical.new_full(vertical.shape, -1.0)
+        slash = slash.new_full(slash.shape, -1.0)
         slash[..., ::BLOCK] = tiles
         return vertical_slash_index(vertical, slash, columns, bands, self.rows)
+
+
+def _first(scores: Tensor, count: Tensor) -> Tensor:
+    """scores `[B, H, N]`, count int `[H]` -> bool `[B, H, N]`: the greatest so many, of equal ones the first."""
+    order = scores.sort(dim=-1, descending=True, stable=True).indices
+    rank = torch.arange(scores.shape[-1], device=scores.device)
+    return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, order, (rank < count[:, None]).expand_as(order))
+
+
+def spread(vertical: Tensor) -> Tensor:
+    """vertical `[..., S]`, mean probabilities of keys -> `[..., S]`: what they add to each distance if all of the last
+    64 rows look at them alike."""
+    nearest = F.pad(vertical.flip(-1), (0, BLOCK)).cumsum(-1, dtype=torch.float64)  # by distance from the last row
+    return ((nearest[..., BLOCK - 1 : -1] - F.pad(nearest[..., : -BLOCK - 1], (1, 0))) / BLOCK).to(vertical.dtype)
 
 
 def band_mass(slash: Tensor) -> Tensor:
