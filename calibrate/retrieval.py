@@ -18,7 +18,6 @@ from .base import Attended, Learned, Learner, Pass, Subject
 from .gates import Gated, Schedule, Told, answer_rows, distance, hard, optimise, projected
 from .prompts import Prompt
 
-Found = Mapping[int, dict[str, Tensor]]
 SHARES = (0.0, 0.25, 0.5, 0.625, 0.75, 0.875, 1.0)  # of streaming heads, at which the cost is measured
 AIMS = (0.25, 0.5, 0.75, 0.875)  # shares that gates are optimised for besides the one that was asked for
 OUTSIDE = 0.01  # of a streaming head's attention that its own sizes may cut off
