@@ -151,7 +151,7 @@ def test_what_does_not_fit_is_refused(tmp_path, gates, config, message):
 
 
 def test_what_is_no_table_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="no full_attention_heads.tsv there"):
+    with pytest.raises(ValueError, match=r"no full_attention_heads\.tsv there"):
         DuoAttention.read(tmp_path, layers_of(4, 2))
     (tmp_path / "full_attention_heads.tsv").write_bytes(b"\x80\x02cnumpy")
     with pytest.raises(ValueError, match="holds no table of numbers"):
