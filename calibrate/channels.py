@@ -45,7 +45,7 @@ class Channels(Pass):
     minimum_recall: float = Field(0.9, ge=0, le=1, description="a layer that keeps less of its attention stays dense")
     sink: int = Field(4, ge=0, description="first tokens that are always attended to, and count as chosen")
     recent: int = Field(16, ge=1, description="last tokens that are always attended to, and count as chosen")
-    rows: int = Field(24, ge=4, description="held-out queries per prompt, from its last half")
+    rows: int = Field(48, ge=4, description="held-out queries per prompt, from its last half")
     kept: int = Field(6, ge=1, description="prompts at most whose held-out queries are measured, drawn evenly")
 
     def learner(self, layer: AttentionLayer) -> Rankings:
@@ -80,13 +80,13 @@ class Channels(Pass):
         )
 
     def _events(self, subject: Subject, tensors: Mapping[str, Tensor]) -> tuple[str, ...]:
-        events = [
-            f"layer {layer.index} stays dense: {int(tensors['count'][-1])} channels find tokens with"
-            f" {tensors['recall'][layer.index, :, -1].mean():.3f} of its attention, all channels with"
-            f" {tensors['ceiling'][layer.index].mean():.3f}, minimum_recall is {self.minimum_recall:g}"
-            for layer in subject.open
-            if tensors["dense"][layer.index]
-        ]
+        events = []
+        if dense := [layer.index for layer in subject.open if tensors["dense"][layer.index]]:
+            told = (f"{i} ({tensors['recall'][i, :, -1].mean():.3f})" for i in dense)
+            events.append(
+                f"{int(tensors['count'][-1])} channels find too little of the attention, less than minimum_recall"
+                f" {self.minimum_recall:g}; these layers stay dense: {', '.join(told)}"
+            )
         if sum(prompt.kind in self.kinds for prompt in subject.prompts) == 1:
             events.append("one prompt only: channels are ranked by its first half and measured on its second")
         return tuple(events)

@@ -141,11 +141,11 @@ def _summary(tensors: Mapping[str, Tensor], domains: list[str], open_layers: lis
             domain: {name: int((kind[i] == j).sum()) for j, name in enumerate(CLASSES)}
             for i, domain in enumerate(domains)
         },
-        "flips": [tuple(place) for place in flips.nonzero().tolist()],
+        "flips": flips.nonzero().tolist(),
         "sink_mass": {d: round(float(tensors["sink_mass"][i, open_layers].mean()), 4) for i, d in enumerate(domains)},
         "kv_heads_that_need_4_and_256_tokens": {
             **{domain: int(tensors["streams"][i].sum()) for i, domain in enumerate(domains)},
-            "all": [tuple(place) for place in kept.nonzero().tolist()],
+            "all": kept.nonzero().tolist(),
         },
         "residual_of_token_0": {
             "times_the_median": round(float(ratio.max()), 2),
