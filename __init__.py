@@ -14,10 +14,20 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "load"]
+__all__ = ["AttentionPlan", "PlanCache", "__version__", "attach", "detach", "load"]
 
 if TYPE_CHECKING:
+    from .formats.attention import PlanCache, attach, detach
+    from .formats.attention_plan import AttentionPlan
     from .formats.hf import load
+
+_HOMES = {
+    "AttentionPlan": "formats.attention_plan",
+    "PlanCache": "formats.attention",
+    "attach": "formats.attention",
+    "detach": "formats.attention",
+    "load": "formats.hf",
+}
 
 _QUANTIZERS = "transformers.quantizers.auto"
 
@@ -50,6 +60,6 @@ else:
 
 
 def __getattr__(name: str) -> Any:
-    if name == "load":
-        return importlib.import_module(f"{__name__}.formats.hf").load
+    if name in _HOMES:
+        return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

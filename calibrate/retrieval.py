@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -17,13 +18,13 @@ from .base import Attended, Learned, Learner, Pass, Subject
 from .gates import Gated, Schedule, Told, answer_rows, distance, hard, optimise, projected
 from .prompts import Prompt
 
-Found = Mapping[int, dict[str, Tensor]]
 SHARES = (0.0, 0.25, 0.5, 0.625, 0.75, 0.875, 1.0)  # of streaming heads, at which the cost is measured
 AIMS = (0.25, 0.5, 0.75, 0.875)  # shares that gates are optimised for besides the one that was asked for
 OUTSIDE = 0.01  # of a streaming head's attention that its own sizes may cut off
 GRAIN = 16  # tokens that sizes are multiples of
 ROWS = 512  # of a text that are looked at
-NEUTRAL = {"gate": 1.0}  # in layers that are left alone; 0 otherwise
+TILE = 2**25  # attention weights that are in memory at once
+NEUTRAL = defaultdict(float, gate=1.0, rank=-1.0)  # in layers that are left alone
 SHARP = 0.5  # temperature of the gates that are stored: no two of them are rounded to the same number
 
 
@@ -57,32 +58,37 @@ class Retrieval(Pass):
 
     def conclude(self, subject: Subject, found: Mapping[int, dict[str, Tensor]]) -> Learned:
         evidence = weigh([found[layer.index] for layer in subject.open], self.sink, self.recent)
-        score = evidence["score"].flatten()
+        score = evidence["score"]
         train, test, events = split(subject.prompts, self.sink, self.recent, self.held_out)
-        place, losses, curve = spread(score), [], {}
-        gate = score / score.max().clamp(min=torch.finfo(score.dtype).tiny)
         if test:
-            model = Gated(
-                subject, [*train, *test], evidence["sink"].flatten(), evidence["recent"].flatten(), self.keep_blocks
-            )
-            with model.loaded():
-                progress = _Progress(subject, len(train) + len(test) + 4 * self._steps + len(test) * self._choices)
-                teachers = [progress.after(model.tell(number)) for number in range(len(model.prompts))]
-                if self.method == "optimize":
-                    schedule = Schedule(self._aims(len(score)), self.steps, self.learning_rate, self.hard)
-                    place, losses = optimise(model, place, teachers[: len(train)], schedule, lambda: progress.add(4))
-                    gate = projected(place, within(self.sparsity, 2 * len(score)), SHARP)
-                curve = self._measure(Trial(model, teachers, range(len(train), len(teachers)), progress), place)
-        rows = {**evidence, "gate": gate.reshape(evidence["score"].shape)}
-        whole = {
-            name: of_layers(dict(zip((x.index for x in subject.open), t)), len(subject.layers), NEUTRAL.get(name, 0))
-            for name, t in rows.items()
-        }
-        order = ranks(place.reshape(evidence["score"].shape), evidence["score"], torch.ones(len(subject.open)).bool())
-        whole["rank"] = of_layers(dict(zip((x.index for x in subject.open), order)), len(subject.layers), -1)
-        tensors = {n: t.float() if t.is_floating_point() else t for n, t in whole.items()}
-        summary = self._summary(whole["rank"], curve, losses)
-        return Learned(tensors | {f"pareto_{n}": t for n, t in curve.items()}, summary, tuple(events))
+            outcome = self._run(subject, evidence, train, test)
+        else:
+            outcome = Outcome(spread(score.flatten()), _of_largest(score.flatten()))
+        gate, place = outcome.gate.reshape(score.shape), outcome.place.reshape(score.shape)
+        rank = ranks(place, score, torch.ones(len(score)).bool())
+        tensors = {
+            name: of_layers(dict(zip((layer.index for layer in subject.open), t)), len(subject.layers), NEUTRAL[name])
+            for name, t in (evidence | {"gate": gate, "rank": rank}).items()
+        } | {f"pareto_{name}": t for name, t in outcome.curve.items()}
+        floats = {name: t.float() for name, t in tensors.items() if t.is_floating_point()}
+        return Learned(tensors | floats, self._summary(tensors, outcome), tuple(events))
+
+    def _run(
+        self, subject: Subject, evidence: Mapping[str, Tensor], train: Sequence[Prompt], test: Sequence[Prompt]
+    ) -> Outcome:
+        """Optimises the gates, if that was asked for, and measures them."""
+        score, sink, recent = (evidence[name].flatten() for name in ("score", "sink", "recent"))
+        model = Gated(subject, [*train, *test], sink, recent, self.keep_blocks)
+        place, gate, losses = spread(score), _of_largest(score), []
+        with model.loaded():
+            progress = _Progress(subject, len(train) + len(test) + 4 * self._steps + len(test) * self._choices)
+            teachers = [progress.after(model.tell(number)) for number in range(len(model.prompts))]
+            if self.method == "optimize":
+                schedule = Schedule(self._aims(len(score)), self.steps, self.learning_rate, self.hard)
+                place, losses = optimise(model, place, teachers[: len(train)], schedule, lambda: progress.add(4))
+                gate = projected(place, within(self.sparsity, 2 * len(score)), SHARP)
+            curve = self._measure(Trial(model, teachers, range(len(train), len(teachers)), progress), place)
+        return Outcome(place, gate, losses, curve)
 
     @property
     def _steps(self) -> int:
@@ -121,22 +127,36 @@ class Retrieval(Pass):
             curve["random_accuracy"] = torch.stack([line(one, 1) for one in anyone]).mean(0)
         return curve
 
-    def _summary(self, rank: Tensor, curve: Mapping[str, Tensor], losses: Sequence[float]) -> dict[str, Any]:
+    def _summary(self, tensors: Mapping[str, Tensor], outcome: Outcome) -> dict[str, Any]:
+        rank, curve = tensors["rank"], outcome.curve
+        chosen = streams(rank, self.sparsity)
         summary: dict[str, Any] = {
             "heads": int((rank >= 0).sum()),
-            "streaming": int(streams(rank, self.sparsity).sum()),
+            "streaming": int(chosen.sum()),
             "sparsity": self.sparsity,
         }
+        if chosen.any():  # tokens that a streaming head keeps, in the mean
+            summary["kept"] = _round((tensors["sink"] + tensors["recent"])[chosen].double().mean())
         if curve:
             here = self._shares.index(self.sparsity)
-            for name, key in (("loss", "loss"), ("accuracy", "accuracy"), ("random_accuracy", "random_accuracy")):
-                if key in curve:
-                    summary[name] = _round(curve[key][here])
+            for name in ("loss", "random", "accuracy", "random_accuracy"):
+                if name in curve:
+                    summary[name] = _round(curve[name][here])
             summary["dense_accuracy"] = _round(curve["accuracy"][0])
             summary["pareto"] = {name: [_round(x) for x in t] for name, t in curve.items()}
-        if losses:
-            summary["losses"] = [_round(x) for x in losses]
+        if outcome.losses:
+            summary["losses"] = [_round(x) for x in outcome.losses]
         return summary
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What was found of the KV heads of the open layers, one layer after the other."""
+
+    place: Tensor  # [n], whose order is that of the heads
+    gate: Tensor  # [n] in [0, 1]
+    losses: Sequence[float] = ()  # of the optimizer's steps
+    curve: Mapping[str, Tensor] = field(default_factory=dict)  # what streaming costs, by share of streaming heads
 
 
 class Evidence(Learner):
@@ -190,7 +210,7 @@ class Evidence(Learner):
         if count <= 0:
             return
         spread = torch.linspace(first, tokens - 1, count, device=attended.query.device).long()
-        for rows in spread.split(128):
+        for rows in spread.split(max(min(128, TILE // (len(attended.query) * tokens)), 1)):
             weights = causal_scores(attended, rows).softmax(-1)
             places = weights[..., : self.sink].sum(1)
             back = rows[:, None] - torch.arange(self.recent, device=rows.device)
@@ -214,8 +234,8 @@ class Evidence(Learner):
             self._add(name, there[:, far.to(there.device)].sum(1))
         self.sums["answers"] += far.sum()
         kv_heads = len(attended.value)
-        values = attended.value.float().repeat_interleave(len(weights) // kv_heads, 0)
-        moved = (change @ values).unflatten(0, (kv_heads, -1)).permute(2, 0, 1, 3).flatten(2)  # [R, Hkv, g Dv]
+        moved = change.reshape(kv_heads, -1, change.shape[-1]) @ attended.value.float()
+        moved = moved.unflatten(1, (-1, len(rows))).permute(2, 0, 1, 3).flatten(2)  # [R, Hkv, g Dv]
         if attended.projection is None:
             quadratic = moved.square().sum((0, 2)).diag()
         else:
@@ -228,10 +248,11 @@ class Evidence(Learner):
 
 def causal_scores(attended: Attended, rows: Tensor) -> Tensor:
     """Attention scores of some rows in fp32: `rows [R]` -> `[H, R, T]`, minus infinity for tokens yet to come."""
-    key = attended.key.float().repeat_interleave(len(attended.query) // len(attended.key), 0)
-    scores = attended.scaling * attended.query[:, rows].float() @ key.transpose(1, 2)
+    key, heads = attended.key.float(), len(attended.query)
+    query = attended.query[:, rows].float().reshape(len(key), -1, key.shape[-1])  # heads of a group under one another
+    scores = (attended.scaling * query @ key.transpose(1, 2)).reshape(heads, len(rows), -1)
     later = torch.arange(key.shape[1], device=rows.device) > rows[:, None]
-    return scores.masked_fill(later, -torch.inf)
+    return scores.masked_fill_(later, -torch.inf)
 
 
 def answers(prompt: Prompt) -> tuple[Tensor, Tensor]:
@@ -321,6 +342,10 @@ def spread(score: Tensor) -> Tensor:
 def within(share: float, parts: int) -> float:
     """A share that leaves at least one part of `parts` on either side."""
     return min(max(share, 1 / parts), 1 - 1 / parts)
+
+
+def _of_largest(score: Tensor) -> Tensor:
+    return score / score.max().clamp(min=1e-30)
 
 
 def _round(value: float | Tensor) -> float:

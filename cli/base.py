@@ -11,6 +11,7 @@ import typer
 import typer.core
 
 if TYPE_CHECKING:
+    from ..formats.attention_plan import AttentionPlan
     from ..formats.source import Source
     from .ui import Screen
 
@@ -21,6 +22,18 @@ Seed = Annotated[int, typer.Option(min=0, help="of everything that is drawn")]
 Device = Annotated[str, typer.Option(help="where blocks are run: cpu, cuda, cuda:1, ...")]
 Dtype = Annotated[str, typer.Option(help="type that blocks are run in: auto, float32, bfloat16, float16")]
 Planes = Annotated[int | None, typer.Option(min=1, help="of bit planes, read only so many: a model of fewer bits")]
+Plan = Annotated[
+    Path | None, typer.Option(help="attend as a calibration's folder says, see acc calibrate", show_default=False)
+]
+Sparsity = Annotated[
+    float | None, typer.Option(help="with --plan: share of KV heads that stream; default: as calibrated")
+]
+Use = Annotated[
+    list[str] | None, typer.Option(help="with --plan: heads, retrieval or channels, of these alone; default: all")
+]
+Adaptive = Annotated[
+    bool, typer.Option("--adaptive", help="with --plan: sparse heads' budgets are set by each prompt, as FlexPrefill's")
+]
 Spill = Annotated[Path | None, typer.Option(help="folder for hidden states that should not stay in memory")]
 
 
@@ -100,6 +113,43 @@ def sampler(source: Source, dtype: Any = None) -> Any:
 
     model = AutoModelForCausalLM.from_pretrained(source.folder, dtype=dtype or source.dtype).eval()
     return partial(sample_self, model)
+
+
+def plan_of(
+    screen: Screen, folder: Path | None, sparsity: float | None, use: list[str] | None, adaptive: bool
+) -> AttentionPlan | None:
+    """What `--plan` and the options with it ask for, and shows it; None where no plan is wanted."""
+    if folder is None:
+        for name, given in (("--sparsity", sparsity is not None), ("--use", use), ("--adaptive", adaptive)):
+            if given:
+                raise ValueError(f"{name} is of a plan: name the calibration's folder with --plan")
+        return None
+    from ..formats.attention_plan import AttentionPlan
+
+    plan = AttentionPlan.load(folder, sparsity=sparsity, use=use or None, adaptive=adaptive)
+    found = plan.summary()
+    screen.field("Plan", f"{folder}: {found['streaming_kv_heads']} of {found['kv_heads']} KV heads stream")
+    screen.field(
+        "",
+        f"{found['sparse_query_heads']} of {found['query_heads']} query heads are sparse in prefill, the KV heads of"
+        f" {found['labelled_layers']} of {found['layers']} layers in decoding",
+    )
+    return plan
+
+
+def loaded_model(source: Source, dtype: Any, planes: int | None, device: str) -> Any:
+    """The whole model on the device, for running. Raises ValueError where another package would have to run it."""
+    from transformers import AutoModelForCausalLM
+
+    from ..formats.hf import keep_planes
+
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(source.folder, dtype=dtype or source.dtype)
+    except ImportError as error:  # what another engine packed, its own package runs
+        raise ValueError(f"{source.spec}: {error}; or see acc export --to dense") from None
+    if planes is not None:
+        keep_planes(loaded, planes)
+    return loaded.to(device).eval()
 
 
 def check_device(device: str) -> str:

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .base import Device, Dtype, Json, Model, Planes, Seed
+from .base import Adaptive, Device, Dtype, Json, Model, Plan, Planes, Seed, Sparsity, Use
 
 
 def generate(
@@ -16,6 +16,10 @@ def generate(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="how much to write")] = 64,
     temperature: Annotated[float, typer.Option(min=0.0, help="0: always the likeliest token")] = 0.0,
     chat: Annotated[bool, typer.Option("--chat", help="wrap the prompt in the model's chat template")] = False,
+    plan: Plan = None,
+    sparsity: Sparsity = None,
+    use: Use = None,
+    adaptive: Adaptive = False,
     planes: Planes = None,
     seed: Seed = 0,
     dtype: Dtype = "auto",
@@ -24,25 +28,23 @@ def generate(
 ) -> None:
     """Continue a text."""
     import torch
-    from transformers import AutoModelForCausalLM
 
-    from ..formats.hf import keep_planes
     from ..formats.source import open_source
-    from .base import check_device, check_dtype, tokenizer_of
-    from .ui import Screen
+    from .base import check_device, check_dtype, loaded_model, plan_of, tokenizer_of
+    from .ui import Screen, size
 
     screen = Screen(as_json)
     check_device(device)
     source = open_source(model)
     tokenizer = tokenizer_of(source)
-    kind = check_dtype(dtype) or source.dtype
-    try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(source.folder, dtype=kind)
-    except ImportError as error:  # what another engine packed, its own package runs
-        raise ValueError(f"{model}: {error}; or see acc export --to dense") from None
-    if planes is not None:
-        keep_planes(loaded, planes)
-    loaded.to(device).eval()
+    kind = check_dtype(dtype)
+    wanted = plan_of(screen, plan, sparsity, use, adaptive)
+    loaded = loaded_model(source, kind, planes, device)
+    cache: Any = None
+    if wanted is not None:
+        from ..formats.attention import PlanCache, attach
+
+        cache = PlanCache(attach(loaded, wanted))
     if chat:
         if not tokenizer.chat_template:
             raise ValueError(f"{model}: its tokenizer has no chat template; leave --chat out")
@@ -67,10 +69,21 @@ def generate(
     mask = torch.ones_like(ids)
     with torch.no_grad():
         whole = loaded.generate(
-            ids, attention_mask=mask, max_new_tokens=max_new_tokens, pad_token_id=pad, streamer=streamer, **sampling
+            ids,
+            attention_mask=mask,
+            max_new_tokens=max_new_tokens,
+            pad_token_id=pad,
+            streamer=streamer,
+            past_key_values=cache,
+            **sampling,
         )
     new = whole[0, ids.shape[1] :]
     seconds = time.monotonic() - started
     screen.line(f"\n{len(new)} tokens in {seconds:.1f} s")
     written = tokenizer.decode(new, skip_special_tokens=True)
-    screen.result({"prompt": prompt, "text": written, "tokens": len(new), "seconds": seconds})
+    result: dict[str, Any] = {"prompt": prompt, "text": written, "tokens": len(new), "seconds": seconds}
+    if cache is not None:
+        held, dense = cache.nbytes, cache.dense_nbytes
+        screen.line(f"{size(held)} of keys and values are kept; without a plan it would be {size(dense)}")
+        result |= {"cache_bytes": held, "dense_cache_bytes": dense}
+    screen.result(result)

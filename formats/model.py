@@ -181,14 +181,7 @@ class Skeleton:
                 f"{self.family} models are not supported: transformers has no causal language model of that family"
             ) from None
         self.model.eval().requires_grad_(False)
-        depth = config.get_text_config(decoder=True).num_hidden_layers
-        lists = {n: m for n, m in self.model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == depth}
-        if len(lists) > 1:  # a vision tower may be as deep as the decoder
-            inside = {id(m) for m in self.model.get_decoder().modules()}
-            lists = {n: m for n, m in lists.items() if id(m) in inside} or lists
-        if not lists:
-            raise ValueError(f"{self.family} models are not supported: no list of decoder layers was found in them")
-        self.prefix, self.layers = next(iter(lists.items()))
+        self.prefix, self.layers = decoder_layers(self.model)
         self._has_experts = self._check_experts()
         if self._has_experts:
             self.model.set_experts_implementation("acc_stream")
@@ -512,6 +505,19 @@ class Skeleton:
             _ATTENTION_RUNS.remove(run)
             if not _ATTENTION_RUNS:
                 self.model.set_attn_implementation(base)
+
+
+def decoder_layers(model: Any) -> tuple[str, nn.ModuleList]:
+    """The decoder layers of a model, and where they stand in it. Raises ValueError when there is no such list."""
+    depth = model.config.get_text_config(decoder=True).num_hidden_layers
+    lists = {n: m for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == depth}
+    if len(lists) > 1:  # a vision tower may be as deep as the decoder
+        inside = {id(m) for m in model.get_decoder().modules()}
+        lists = {n: m for n, m in lists.items() if id(m) in inside} or lists
+    if not lists:
+        family = model.config.model_type
+        raise ValueError(f"{family} models are not supported: no list of decoder layers was found in them")
+    return next(iter(lists.items()))
 
 
 def attention_layer(config: Any, layers: nn.ModuleList, prefix: str, index: int) -> AttentionLayer:

@@ -48,8 +48,9 @@ def test_entries_do_not_import_their_siblings():
             assert not siblings & entries.keys(), f"{folder}/{name}.py imports {siblings & entries.keys()}"
 
 
-def test_only_two_files_know_the_internals_of_transformers():
-    allowed = {"formats/model.py", "formats/hf.py"}
+def test_only_three_files_know_the_internals_of_transformers():
+    # attention.py: a cache that holds less than all keys is a layer class of transformers' own cache module
+    allowed = {"formats/model.py", "formats/hf.py", "formats/attention.py"}
     for path in FILES:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("transformers."):
