@@ -16,8 +16,7 @@ from .base import Attended, Learned, Pass, Subject
 from .prompts import Prompt
 from .stream import Block, Stream
 
-Progress = Callable[[float, str], None]
-STREAMED = 0.8  # of the progress shown, until the passes conclude
+Progress = Callable[[float, str], None]  # the share of the present step that is done; each step starts at 0 again
 OUTPUTS = ("o_proj", "out_proj", "dense", "wo")  # what families call the projection of the heads' outputs
 
 
@@ -51,17 +50,11 @@ def learn(
     Layers that `journal` has already are run but not looked at again. Raises ValueError for a model of which no layer
     can be calibrated, and for values that are not finite, naming the layer.
     """
-    tokens = sum(len(prompt) for prompt in prompts)
-    done = 0
-
-    def tick(count: int) -> None:
-        nonlocal done
-        done += count
-        progress(STREAMED * done / (tokens * len(layers)), f"layer {min(done // tokens, len(layers) - 1)}")
-
-    stream = Stream(source, dtype=dtype, device=device, spill=spill, tick=tick)
+    steps = _Steps(progress, sum(len(prompt) for prompt in prompts), len(passes))
+    stream = Stream(source, dtype=dtype, device=device, spill=spill, tick=steps.tick)
     layers = stream.skeleton.attention_layers()
     open_layers(layers, stream.skeleton.family)
+    steps.layers([layer.refused is not None or journal.done(layer.index) for layer in layers])
     found: dict[int, dict[str, dict[str, Tensor]]] = {}
     for block in stream.blocks([prompt.ids[None] for prompt in prompts]):
         layer = layers[block.index]
@@ -75,15 +68,41 @@ def learn(
             break
     stream.close()
     learned = {}
-    for index, one in enumerate(passes):
-        start = STREAMED + (1 - STREAMED) * index / len(passes)
-
-        def told(share: float, start: float = start, one: Pass = one) -> None:
-            progress(start + (1 - STREAMED) * share / len(passes), f"{name_of(one)} concludes")
-
-        subject = Subject(source, layers, list(prompts), dtype, device, told)
+    for one in passes:
+        subject = Subject(source, layers, list(prompts), dtype, device, steps.concludes(name_of(one)))
         learned[name_of(one)] = one.conclude(subject, {i: of[name_of(one)] for i, of in found.items()})
     return learned
+
+
+class _Steps:
+    """What `progress` is told: layers that are known already pass faster than others, and how long a pass concludes
+    only it can say, so each of these is a step with a share of its own."""
+
+    def __init__(self, progress: Progress, tokens: int, passes: int):
+        self.progress, self.tokens, self.passes = progress, tokens, passes
+        self.done = self.known = self.count = self.step = 0
+
+    def layers(self, known: Sequence[bool]) -> None:
+        """Called before the first `tick`; `known` says of each layer whether it is only run."""
+        self.count = len(known)
+        self.known = 0 if all(known) else list(known).index(False)
+        self.steps = bool(self.known) + 1 + self.passes
+
+    def tick(self, tokens: int) -> None:
+        self.done += tokens
+        layer, known = self.done / self.tokens, self.done < self.known * self.tokens
+        self.step = 1 if known or not self.known else 2
+        share = layer / self.known if known else (layer - self.known) / (self.count - self.known)
+        self._say(share, f"layer {min(int(layer) + 1, self.count)} of {self.count}")
+
+    def concludes(self, name: str) -> Callable[[float], None]:
+        """The next step, of the pass of this name."""
+        self.step += 1
+        self._say(0.0, name)
+        return lambda share: self._say(share, name)
+
+    def _say(self, share: float, what: str) -> None:
+        self.progress(share, f"{self.step}/{self.steps} {what}")
 
 
 def _look(

@@ -52,18 +52,27 @@ def evaluate(
     stream: Streamed, base_stream: Streamed | None, windows: Tensor, progress: Progress | None = None
 ) -> dict[str, Any]:
     """Scores of a model over `windows [N, window]`, and against its base where there is one: see `Scores.result`."""
+    return evaluate_all([stream], base_stream, windows, progress)[0]
+
+
+def evaluate_all(
+    streams: Sequence[Streamed], base_stream: Streamed | None, windows: Tensor, progress: Progress | None = None
+) -> list[dict[str, Any]]:
+    """The same for several models of one base, which runs once for all of them."""
     tell = progress or (lambda stage, done: None)
     batches = list(windows.split(1))
-    for stage, one in (("model", stream), ("base", base_stream)):
+    for stage, one in [*(("model", stream) for stream in streams), ("base", base_stream)]:
         if one is not None:
             for done, _ in enumerate(one.blocks(batches), 1):
                 tell(stage, done)
-    scores = Scores()
+    scores = [Scores() for _ in streams]
     of_base = [None] * len(batches) if base_stream is None else base_stream.logits()
-    for ids, logits, base in zip(batches, stream.logits(), of_base, strict=True):
-        scores.add(ids[0], logits[0], None if base is None else base[0])
-        tell("windows", len(scores.nll))
-    return scores.result()
+    of_models = zip(*(stream.logits() for stream in streams), strict=True)
+    for ids, base, logits in zip(batches, of_base, of_models, strict=True):
+        for score, own in zip(scores, logits):
+            score.add(ids[0], own[0], None if base is None else base[0])
+        tell("windows", len(scores[0].nll))
+    return [score.result() for score in scores]
 
 
 class Scores:

@@ -103,26 +103,32 @@ class Stream:
     @torch.no_grad()
     def blocks(self, batches: Sequence[Batch]) -> Iterator[Block]:
         """Yields every block in turn, its weights in memory; what it was left with is what the next one sees."""
+        for block in self.prepare(batches):
+            self._pending = block
+            yield block
+            if block.index < len(self.skeleton.layers) - 1:
+                self._settle()
+
+    @torch.no_grad()
+    def prepare(self, batches: Sequence[Batch]) -> list[Block]:
+        """Every block, for who visits them in an order of his own and says by `Block.forward` what they are given;
+        `Block.inputs` are the embedded batches. None is in memory before it runs, nor let go but by `Block.unload`."""
         self._batches = [_Carried.of(batch) for batch in batches]
         self._hidden = _Spilled(Path(self._spill.name)) if self._spill else []
         interned: list[Tensor] = []
         calls: list[list[tuple[tuple, dict]]] = []
-        with self._outer() if batches else contextlib.nullcontext():
+        with self.outer() if batches else contextlib.nullcontext():
             for batch in self._batches:
                 hidden, of_blocks = self.skeleton.frame(batch.ids, batch.mask)
                 self._hidden.append(hidden)
                 calls.append(_intern(of_blocks, interned))
-        for index in range(len(self.skeleton.layers)):
-            self._pending = Block(self, index, [c[index] for c in calls])
-            yield self._pending
-            if index < len(self.skeleton.layers) - 1:
-                self._settle()
+        return [Block(self, index, [c[index] for c in calls]) for index in range(len(self.skeleton.layers))]
 
     @torch.no_grad()
     def logits(self) -> Iterator[Tensor]:
         """After the last block: logits `[B, T, V]` in fp32 for each batch."""
         self._settle()
-        with self._outer():
+        with self.outer():
             for batch, hidden in zip(self._batches, self._hidden):
                 yield self.skeleton.logits(batch.ids, hidden, batch.mask).float()
 
@@ -130,7 +136,7 @@ class Stream:
     def logits_of(self, batch: int, hidden: Iterable[Tensor]) -> Iterator[Tensor]:
         """After the last block: logits `[B, T, V]` in fp32 for other hidden states `[B, T, H]` of a batch."""
         carried = self._batches[batch]
-        with self._outer():
+        with self.outer():
             for states in hidden:
                 yield self.skeleton.logits(carried.ids, states, carried.mask).float()
 
@@ -152,7 +158,8 @@ class Stream:
             self._pending.drop()
         self._pending, self._hidden = None, []
 
-    def _outer(self) -> contextlib.AbstractContextManager[None]:
+    def outer(self) -> contextlib.AbstractContextManager[None]:
+        """Inside, everything but the blocks is in memory."""
         return self.skeleton.outer(StoredTensors(self.source, self.skeleton.outer_names))
 
     def _new_hidden(self) -> Hidden:
@@ -211,7 +218,7 @@ class Block:
         """Exchanges stored tensors of the block for others of the same names and dense shapes; what makes a tensor is
         called when the block is run again."""
         if tensors:
-            self._unload()
+            self.unload()
             self.tensors.replace(tensors)
             self.outputs = None
 
@@ -265,7 +272,8 @@ class Block:
                 self._module = self._stream.skeleton.load_block(self.index, self.tensors)
         return self._module
 
-    def _unload(self) -> None:
+    def unload(self) -> None:
+        """Lets its module go, which is loaded again when it is needed."""
         self._stacks = {}
         if self._module is not None:
             self._stream.skeleton.drop_block(self.index)
@@ -322,14 +330,14 @@ class Block:
                 for _ in self._outputs():
                     pass
         if not outputs:
-            self._unload()
+            self.unload()
         collected.leaders = dict(leaders)
         for key, features in experts.items():
             collected.ensure(key, features)
         return collected
 
     def drop(self) -> None:
-        self._unload()
+        self.unload()
         self.tensors, self.outputs = StoredTensors(self._stream.source, []), None
 
 

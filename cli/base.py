@@ -69,6 +69,11 @@ def parsed(text: str) -> int | float | bool | str | None:
     return {"none": None, "null": None, "true": True, "false": False}.get(text.lower(), text)
 
 
+def calibration_at(folder: str) -> Path | None:
+    """The folder, if it is one that acc calibrate wrote."""
+    return Path(folder) if (Path(folder) / "calibration.json").is_file() else None
+
+
 def tokenizer_of(source: Source) -> Any:
     """The model's tokenizer. Raises ValueError when the model comes without one."""
     from transformers import AutoTokenizer

@@ -1,30 +1,45 @@
-"""acc inspect: what a model is made of, and what could be done with it."""
+"""acc inspect: what a model is made of, and what could be done with it; what a calibration learned."""
 
 from __future__ import annotations
 
 import math
-from typing import Annotated, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .base import Json, Model
+from .base import Json
+
+if TYPE_CHECKING:
+    from .ui import Screen
 
 
 def inspect(
-    model: Model,
+    model: Annotated[
+        str, typer.Argument(help="a model (hub id, folder, .gguf file, or demo) or a calibration", show_default=False)
+    ],
     targets: Annotated[list[str], typer.Option(help="show what a pattern selects: a glob, or re:REGEX")] = [],  # noqa: B006
     as_json: Json = False,
 ) -> None:
-    """Show a model's blocks, heads, experts, and bytes by class."""
+    """Show what a model is made of, or what a calibration learned.
+
+    Of a model: blocks, heads, experts, and bytes by class. Of a folder of acc calibrate: from what it was made, and a
+    table and a map of the heads for every pass; figures at a length are of prompts of that length.
+    """
     from ..calibrate.stream import Stream
     from ..compress.apply import assign
     from ..compress.recipe import Recipe
     from ..formats.source import open_source
     from ..registry import listing
-    from .base import bits_of
+    from .base import bits_of, calibration_at
     from .ui import Screen, count, percent, size
 
     screen = Screen(as_json)
+    if calibration_at(model) is not None:
+        if targets:
+            raise ValueError(f"--targets selects tensors of a model, and {model} is a calibration")
+        _calibration(screen, model)
+        return
     source = open_source(model)
     stream = Stream(source)
     skeleton = stream.skeleton
@@ -56,6 +71,21 @@ def inspect(
         screen.next(f"acc quantize {model} --bits 3")
     classes = {kind: {"weights": weights, "bytes": nbytes} for kind, (weights, nbytes) in _classes(source).items()}
     screen.result({"facts": facts, "stored": stored, "classes": classes, "selected": selected})
+
+
+def _calibration(screen: Screen, folder: str) -> None:
+    from ..formats.calibration import Calibration
+    from .learned import tensors_of, whole
+
+    calibration = Calibration.load(folder)
+    whole(screen, calibration)
+    pictures = sorted(path.name for path in Path(folder).glob("*.png"))
+    if pictures:
+        screen.line()
+        screen.field("Pictures", ", ".join(pictures))
+    model = calibration.facts["model"]["name"]
+    screen.next(f'acc generate {model} "..." --plan {folder}')
+    screen.result({"facts": calibration.facts, "tensors": tensors_of(calibration), "pictures": pictures})
 
 
 def _facts(source: Any, skeleton: Any) -> dict[str, Any]:

@@ -24,7 +24,7 @@ def plan(
     context: typer.Context,
     model: Model,
     out: Annotated[Path, typer.Argument(help="where the folder would be written: its disk is looked at")] = Path(),
-    bits: Annotated[int | None, typer.Option(help="bits per code, 2 to 8; default 3")] = None,
+    bits: Annotated[float | None, typer.Option(help="bits per code, default 3; 2.7: stored bits, mixed")] = None,
     method: Annotated[str, typer.Option(help="see acc show")] = "spqr",
     recipe: Annotated[str | None, typer.Option(help="a recipe instead of a method: a file, or see acc apply")] = None,
     changes: Annotated[list[str], typer.Option("--set", help="of the recipe: path=value, e.g. steps.0.bits=4")] = [],  # noqa: B006
@@ -54,10 +54,11 @@ def plan(
     screen, source = Screen(as_json), open_dense(model)
     if fit is not None and bits is not None:
         raise ValueError("--fit chooses the bits: leave --bits out")
+    mixed = bits if bits is not None and bits != int(bits) else None
     if recipe is None:
         if changes:
             raise ValueError("--set changes a recipe: name one with --recipe")
-        settings = context.obj | {"bits": 3 if bits is None else bits}
+        settings = context.obj | {"bits": 3 if bits is None else min(max(round(bits), 2), 8) if mixed else int(bits)}
         wanted = _one_step(method, settings, targets, ignore, refine, rotate)
     else:
         wanted = _of_file(recipe, changes, [*context.obj, *(["bits"] if bits is not None else [])])
@@ -68,13 +69,18 @@ def plan(
     if fit is not None:
         wanted, tried = _fitting(wanted, stream, parse_size(fit), fit)
     chosen = assign(wanted, stream)
-    after = sizes(chosen, stream)
-    result = _bytes_of(source, rewritten, chosen, after) | {"recipe": wanted.to_dict()}
-    result |= {"fit": {"limit": parse_size(fit), "bytes": tried}} if fit is not None else {}
-    result |= _cost(wanted, stream, chosen, source, after, batch) | {"disk": _disk(source, after, out)}
-    result["engines"] = _engines(source, planned_entries(chosen, stream))
+    after, choices = sizes(chosen, stream), [chosen]
+    if mixed is not None:
+        after, choices = _mixed(mixed, wanted.steps[0], chosen, stream)
+    result: dict[str, Any] = _bytes_of(source, rewritten, chosen, after) | {"recipe": wanted.to_dict()}
+    if fit is not None:
+        left = parse_size(fit) - (result["after"] - result["packed_after"])
+        result["fit"] = {"limit": parse_size(fit), "bytes": tried, "mixed_bits": 8 * left / result["packed_parameters"]}
+    result |= _cost(wanted, stream, chosen, source, after, batch, len(choices)) | {"disk": _disk(source, after, out)}
+    result["engines"] = _engines(source, [planned_entries(each, stream) for each in choices])
+    result["mixed"] = mixed
     _show(screen, wanted, source, rewritten, result)
-    screen.next(_command(model, recipe, changes, wanted, fit is not None))
+    screen.next(_command(model, recipe, changes, wanted, fit is not None, mixed))
     screen.result(result)
     if missing := result["disk"]["missing"]:
         raise OSError(
@@ -129,6 +135,30 @@ def _fitting(recipe: Recipe, stream: Stream, limit: int, spelled: str) -> tuple[
     )
 
 
+def _mixed(
+    bits: float, step: Step, chosen: dict[str, Step], stream: Stream
+) -> tuple[dict[str, int], list[dict[str, Step]]]:
+    """Bytes of every tensor when a mix takes so many stored bits, spread evenly as nobody knows yet who gets more; and
+    what `acc quantize` would choose among. Raises ValueError with the least that can be had."""
+    import math
+
+    from ..compress.plan import sizes
+
+    choices = [
+        dict.fromkeys(chosen, step.model_copy(update={"settings": one})) for one in step.settings.alternatives(bits)
+    ]
+    if len(choices) < 2:
+        raise ValueError(f"{step.method} has no settings around {bits:g} bits that a budget could choose among")
+    weights = {name: math.prod(stream.source.info(name).shape) for name in chosen}
+    totals = []
+    for choice in choices:
+        after = sizes(choice, stream)
+        totals.append(8 * sum(after[name] for name in chosen) / sum(weights.values()))
+    if bits < min(totals):
+        raise ValueError(f"--bits {bits:g}: the least that {step.method} can do there is {min(totals):.3f} stored bits")
+    return after | {name: int(bits * weights[name] / 8) for name in chosen}, choices
+
+
 def _bytes_of(source: Source, rewritten: Source, chosen: dict[str, Step], after: dict[str, int]) -> dict[str, Any]:
     """Bytes by class, before and after, and stored bits."""
     import math
@@ -158,12 +188,19 @@ def _bytes_of(source: Source, rewritten: Source, chosen: dict[str, Step], after:
 
 
 def _cost(
-    recipe: Recipe, stream: Stream, chosen: dict[str, Step], source: Source, after: dict[str, int], batch: int
+    recipe: Recipe,
+    stream: Stream,
+    chosen: dict[str, Step],
+    source: Source,
+    after: dict[str, int],
+    batch: int,
+    choices: int,
 ) -> dict[str, Any]:
-    """Estimates of memory and time."""
+    """Estimates of memory and time; of several `choices` a mix is made, for which each is measured first."""
     import os
 
-    from ..compress.estimate import Shapes, duration, measure, memory, work
+    from ..compress.estimate import Shapes, duration, measure, memory, probing, work
+    from .spending import PROBE, TOKENS
 
     wanted = recipe.calibration
     tokens = wanted.nsamples * wanted.seqlen if recipe.needs or recipe.refine else 0
@@ -171,11 +208,14 @@ def _cost(
     moments = memory(shapes, after, tokens, batch)
     before = sum(source.info(name).nbytes for name in source.names())
     speed = measure(recipe, stream.dtype)
+    seconds = duration(work(shapes, before, sum(after.values()), tokens), speed)
+    if choices > 1:
+        seconds["measure"] = choices * seconds.get("solve", 0.0) + probing(shapes, choices, PROBE, TOKENS, speed)
     machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else None
     return {
         "tokens": tokens,
         "memory": {"peak": max(moments.values()), "at": max(moments, key=lambda m: moments[m]), "machine": machine},
-        "seconds": duration(work(shapes, before, sum(after.values()), tokens), speed),
+        "seconds": seconds,
         "speed": {"products": speed.products, "copy": speed.copy, "threads": speed.threads},
     }
 
@@ -194,8 +234,8 @@ def _disk(source: Source, after: dict[str, int], out: Path) -> dict[str, Any]:
     return {"folder": str(home), "written": written, "free": free, "missing": max(0, written - free)}
 
 
-def _engines(source: Source, entries: dict[str, Entry]) -> dict[str, str]:
-    """What can load the result, and what it takes."""
+def _engines(source: Source, choices: list[dict[str, Entry]]) -> dict[str, str]:
+    """What can load the result, and what it takes; of a mix, whatever it is mixed of."""
     from ..formats.engine import engine, engines
     from .ui import size
 
@@ -204,7 +244,8 @@ def _engines(source: Source, entries: dict[str, Entry]) -> dict[str, str]:
     for name in engines():
         try:
             one = engine(name)(source)
-            refused = next((why for key, entry in entries.items() if (why := one.refuses(key, entry))), None)
+            every = ((key, entry) for entries in choices for key, entry in entries.items())
+            refused = next((why for key, entry in every if (why := one.refuses(key, entry))), None)
         except ValueError as error:
             refused = str(error)
         if refused is None:
@@ -230,6 +271,9 @@ def _show(screen: Screen, recipe: Recipe, source: Source, rewritten: Source, res
     if "fit" in result:
         each = [f"{bits} bits {size(nbytes)}" for bits, nbytes in result["fit"]["bytes"].items()]
         screen.field("Fit", f"{size(result['fit']['limit'])}: {', '.join(each[-3:])}")
+        screen.field("", f"acc quantize --fit mixes settings and spends it all: {result['fit']['mixed_bits']:.2f} bits")
+    if result["mixed"] is not None:
+        screen.field("Mix", f"settings around these, {result['mixed']:g} stored bits together")
     rows = [
         [
             kind,
@@ -262,7 +306,9 @@ def _show(screen: Screen, recipe: Recipe, source: Source, rewritten: Source, res
     screen.field("Loads in", "; ".join(f"{engine} {how}" for engine, how in result["engines"].items()))
 
 
-def _command(model: str, recipe: str | None, changes: list[str], wanted: Recipe, fitted: bool) -> str:
+def _command(
+    model: str, recipe: str | None, changes: list[str], wanted: Recipe, fitted: bool, mixed: float | None
+) -> str:
     """What would do what was planned, text and pace apart."""
     import shlex
 
@@ -273,7 +319,7 @@ def _command(model: str, recipe: str | None, changes: list[str], wanted: Recipe,
     step, words = wanted.steps[0], ["acc", "quantize", model, "--method", wanted.steps[0].method]
     own = step.settings.model_dump(mode="json", exclude_defaults=True)
     if "bits" in type(step.settings).model_fields:
-        own |= {"bits": getattr(step.settings, "bits", None)}
+        own |= {"bits": getattr(step.settings, "bits", None) if mixed is None else mixed}
     for name, value in own.items():
         words += [f"--{name.replace('_', '-')}", "null" if value is None else str(value).lower()]
     words += [word for pattern in step.targets if pattern != "*" for word in ("--targets", pattern)]

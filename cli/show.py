@@ -1,4 +1,4 @@
-"""acc show: methods, formats and statistics, and what each can be told."""
+"""acc show: methods, formats, passes and statistics, and what each can be told."""
 
 from __future__ import annotations
 
@@ -9,11 +9,17 @@ import typer
 
 from .base import Json
 
-FOLDERS = {"compress": "Methods", "formats": "Formats", "calibrate": "Statistics"}
+# titles of what is listed: the folder, and the base that tells entries of one folder apart
+FOLDERS = {
+    "compress": ("Methods", "compress", None),
+    "formats": ("Formats", "formats", None),
+    "passes": ("Passes", "calibrate", "Pass"),
+    "calibrate": ("Statistics", "calibrate", "Statistic"),
+}
 
 
 def show(
-    name: Annotated[str | None, typer.Argument(help="a method, format, statistic or recipe; or recipes")] = None,
+    name: Annotated[str | None, typer.Argument(help="a method, format, pass, statistic or recipe; or recipes")] = None,
     as_json: Json = False,
 ) -> None:
     """List what there is, or one entry's fields and source."""
@@ -21,15 +27,19 @@ def show(
     from .ui import Screen
 
     screen = Screen(as_json)
-    found = {folder: listing(folder) for folder in FOLDERS}
+    found = {kind: listing(folder, base) for kind, (_, folder, base) in FOLDERS.items()}
     if name is None:
-        for folder, title in FOLDERS.items():
-            screen.line(f"{title}")
-            for entry, line in found[folder].items():
+        for kind, (title, _, _) in FOLDERS.items():
+            screen.line(title)
+            for entry, line in found[kind].items():
                 screen.field(f"  {entry.replace('_', '-')}", line)
         found["exports"] = {"dense": "Plain weights."} | _exports()
         screen.line("Exports")
         for entry, line in found["exports"].items():
+            screen.field(f"  {entry}", line)
+        found["runtimes"] = _runtimes()
+        screen.line("Exports of a calibration")
+        for entry, line in found["runtimes"].items():
             screen.field(f"  {entry}", line)
         screen.field("Recipes", ", ".join(recipes()))
         screen.next("acc show spqr, or acc show recipes")
@@ -47,18 +57,29 @@ def show(
         screen.result({"recipe": name, "text": text})
         return
     name = spelled(name)
-    homes = [folder for folder in FOLDERS if name in found[folder]]
+    homes = [kind for kind in FOLDERS if name in found[kind]]
     if not homes:
         import difflib
 
         every = sorted({entry for entries in [*found.values(), recipes()] for entry in entries})
         near = difflib.get_close_matches(name, every, n=3) or every
         raise ValueError(f"there is no {name!r}; there is {', '.join(near)}")
-    described = {folder: _describe(screen, folder, name) for folder in homes}
+    described = {kind: _describe(screen, kind, name) for kind in homes}
     if "compress" in homes:
         own = name in listing("compress", "Method")
         screen.next(f"acc quantize MODEL --method {name}" if own else f"acc quantize MODEL --{name} ...")
+    elif "passes" in homes:
+        screen.next(f"acc calibrate MODEL {name}")
     screen.result(described)
+
+
+def _runtimes() -> dict[str, str]:
+    """What `acc export --to` and `acc calibrate --from` take for calibrations."""
+    from ..registry import listing
+
+    return {
+        name.removeprefix("runtime_").replace("_", "-"): line for name, line in listing("formats", "Runtime").items()
+    }
 
 
 def _exports() -> dict[str, str]:
@@ -69,34 +90,50 @@ def _exports() -> dict[str, str]:
     return {name.removeprefix("engine_").replace("_", "-"): line for name, line in engines}
 
 
-def _describe(screen: Any, folder: str, name: str) -> dict[str, Any]:
+def _describe(screen: Any, kind: str, name: str) -> dict[str, Any]:
     from ..registry import lookup
 
-    cls = lookup(folder, name)
+    title, folder, base = FOLDERS[kind]
+    cls = lookup(folder, name, base)
     text = inspect.getdoc(cls) or ""
-    screen.line(f"{FOLDERS[folder][:-1]} {name}\n")
+    screen.line(f"{title.removesuffix('es') if kind == 'passes' else title[:-1]} {name}\n")
     screen.prose(text)
     screen.line()
-    if folder != "compress":
+    if kind == "passes":
+        fields = _fields(screen, cls, name)
+        screen.prose(
+            f"Looks at {' and '.join(cls.kinds)} prompts; an option that another pass has too is --{name}.OPTION"
+        )
+        return {"text": text, "fields": fields, "kinds": list(cls.kinds)}
+    if kind != "compress":
         return {"text": text}
     from ..compress.base import Method
 
-    rows, fields = [], {}
-    for field, info in cls.model_fields.items():
-        kind = cls.model_json_schema()["properties"][field]
-        bounds = _bounds(kind)
-        rows.append([f"--{field.replace('_', '-')}", str(info.default), bounds])
-        fields[field] = {"default": info.default, "allowed": bounds, "help": info.description}
-    screen.table("", ["option", "default", "allowed"], rows)
-    screen.line()
-    for field, info in fields.items():
-        screen.prose(f"{field}: {info['help']}")
+    fields = _fields(screen, cls, name)
     if not issubclass(cls, Method):
         screen.line("\nGoes before a method, and leaves what the model computes as it is")
         return {"text": text, "fields": fields}
     needs = cls().needs  # with its defaults; a method's settings may take some away
     screen.line(f"\nNeeds {', '.join(needs) or 'no statistics'}; writes format {cls.format}")
     return {"text": text, "fields": fields, "needs": needs, "format": cls.format}
+
+
+def _fields(screen: Any, cls: Any, name: str) -> dict[str, Any]:
+    """Shows what a method or pass can be told."""
+    rows, fields = [], {}
+    for field, info in cls.model_fields.items():
+        kind = cls.model_json_schema()["properties"][field]
+        bounds = _bounds(kind)
+        rows.append([f"--{field.replace('_', '-')}", str(info.default), bounds])
+        fields[field] = {"default": info.default, "allowed": bounds, "help": info.description}
+    if not fields:
+        screen.line(f"{name} has no settings")
+        return fields
+    screen.table("", ["option", "default", "allowed"], rows)
+    screen.line()
+    for field, info in fields.items():
+        screen.prose(f"{field}: {info['help']}")
+    return fields
 
 
 def _bounds(schema: dict[str, Any]) -> str:

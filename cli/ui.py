@@ -80,10 +80,13 @@ class Screen:
 
 
 class Meter:
-    """Overall progress from fractions done: a bar on a terminal, else a line every ten seconds."""
+    """Progress from fractions done: a bar on a terminal, else a line every ten seconds.
 
-    def __init__(self, screen: Screen):
-        self.started, self.said = time.monotonic(), time.monotonic()
+    A fraction that is smaller than the last begins another step; what is left is what is left of the step."""
+
+    def __init__(self, screen: Screen, of: str = ""):
+        self.started = self.said = self.began = time.monotonic()
+        self.before, self.of = 0.0, of  # `of`: what the time left is said of
         self.live: Progress | None = None
         self.silent = screen.as_json
         if not self.silent and sys.stderr.isatty():
@@ -109,8 +112,11 @@ class Meter:
 
     def __call__(self, fraction: float, what: str) -> None:
         now = time.monotonic()
-        left = (now - self.started) * (1 - fraction) / fraction if fraction > 0.005 else None
-        text = f"{clock(left)} left" if left is not None else "estimating"
+        if fraction < self.before:
+            self.began = now
+        self.before = fraction
+        left = (now - self.began) * (1 - fraction) / fraction if fraction > 0.005 else None
+        text = f"{clock(left)} left{self.of}" if left is not None else "estimating"
         if self.live is not None:
             self.live.update(self.task, completed=fraction, description=what, left=text)
         elif not self.silent and now - self.said >= 10:

@@ -37,6 +37,17 @@ class Prepared:
         return cls(perm, factor, dead, hessian)
 
 
+def strongest_first(diagonal: Tensor, size: int) -> Tensor:
+    """Group-aware activation order: diagonal of the Hessian `[I]` -> inputs int64 `[I]`, strongest first in each group
+    of `size`, groups in the order of their strongest. A short last group stays last, so that all others stay whole."""
+    whole = len(diagonal) // size * size
+    groups = diagonal[:whole].view(-1, size)
+    inside = groups.argsort(dim=1, descending=True, stable=True)
+    inside += torch.arange(0, whole, size, device=diagonal.device)[:, None]
+    order = groups.amax(1).argsort(descending=True, stable=True)
+    return torch.cat([inside[order].flatten(), whole + diagonal[whole:].argsort(descending=True, stable=True)])
+
+
 class Matrices:
     """Matrices `Wᵀ [I, O]` that lie side by side, columns in packed order: what input each has, and which rows."""
 

@@ -33,6 +33,7 @@ SOLVING = 1.5
 START = 6.0  # seconds until the first block
 REFINE_TOKENS = 2048  # of one step
 _LEAVES = re.compile(r"o_|out_|down_|c_proj|dense|fc2|w2")
+PARTS = 4  # of a block, that get settings of their own in a mix: q, k, v; o; gate, up; down
 
 
 @dataclass(frozen=True)
@@ -190,6 +191,15 @@ def duration(todo: Work, speed: Speed) -> dict[str, float]:
         "other": START + todo.moved / (speed.copy / 8),  # a disk, checksums
     }
     return {phase: seconds for phase, seconds in found.items() if seconds}
+
+
+def probing(shapes: Shapes, choices: int, probe: int, tokens: int, speed: Speed) -> float:
+    """Seconds of forward passes that a budget takes: every part at every choice on `probe` tokens, one of each carried
+    to the end, and all `tokens` once."""
+    blocks = len(shapes.blocks)
+    each = sum(2 * shapes.active(index) for index in range(blocks)) / blocks
+    runs = PARTS * blocks * (choices + blocks / 2) * probe + blocks * tokens
+    return runs * each / (EFFICIENCY * speed.statistics)  # in fp32
 
 
 def _product(dtype: torch.dtype, seconds: float) -> float:

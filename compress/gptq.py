@@ -14,7 +14,7 @@ from ..calibrate.base import Statistic
 from ..calibrate.hessian import normalised
 from ..formats.grouped import SCALE_DTYPES, GroupedWeight
 from .base import Event, Method, around, scale_dtype
-from .descent import TINY, Matrices, Prepared, feed_forward, sweep
+from .descent import TINY, Matrices, Prepared, feed_forward, strongest_first, sweep
 
 ENDS = (1.0, 0.85, 0.7, 0.55)  # parts of a range that are tried for each of its ends
 HALVES = (1.0, 0.93, 0.86, 0.79, 0.72, 0.65, 0.58, 0.5)  # the same for a range whose ends are tied
@@ -95,17 +95,6 @@ class GPTQ(Method):
         scheme = {"bits": self.bits, "group_size": self.group_size, "symmetric": symmetric}
         scheme["scale_dtype"] = next(name for name, dtype in SCALE_DTYPES.items() if dtype == grids.dtype)
         return GroupedWeight.encode(codes.T, scale.to(grids.dtype), None if symmetric else zero.byte(), scheme)
-
-
-def strongest_first(diagonal: Tensor, size: int) -> Tensor:
-    """Group-aware activation order: diagonal of the Hessian `[I]` -> inputs int64 `[I]`, strongest first in each group
-    of `size`, groups in the order of their strongest. A short last group stays last, so that all others stay whole."""
-    whole = len(diagonal) // size * size
-    groups = diagonal[:whole].view(-1, size)
-    inside = groups.argsort(dim=1, descending=True, stable=True)
-    inside += torch.arange(0, whole, size, device=diagonal.device)[:, None]
-    order = groups.amax(1).argsort(descending=True, stable=True)
-    return torch.cat([inside[order].flatten(), whole + diagonal[whole:].argsort(descending=True, stable=True)])
 
 
 def widest(weight: Tensor) -> float:

@@ -12,12 +12,11 @@ from pydantic import Field
 from torch import Tensor
 
 from ..calibrate.base import Statistic
-from ..calibrate.hessian import inverse_factor, normalised
+from ..calibrate.hessian import normalised
 from ..formats.bcq import BcqWeight
 from .base import Event, Method, around
+from .descent import TINY, Matrices, Prepared, feed_forward, strongest_first, sweep
 
-BLOCK = 128  # columns whose errors reach the columns after them in one matrix product
-TINY = 1e-30
 BUDGET = 1 << 24  # numbers that a step of the solver holds at once; rows beyond wait
 FEW = 32  # levels up to which a weight is compared with each
 
@@ -67,13 +66,10 @@ class LutGemm(Method):
         if not self.activation_aware:
             return None
         hessian = normalised(statistics["hessian"], event)
-        diagonal = hessian.diagonal().clone()
-        by_strength = diagonal if self.order == "group_order" else torch.zeros_like(diagonal)
-        order, perm = strongest_first(by_strength, self.group_size)
-        hessian = hessian[perm][:, perm]
-        factor = inverse_factor(hessian, self.damp_percent, event)
-        hessian.diagonal().add_(self.damp_percent * diagonal[diagonal > 0].mean())
-        return Prepared(order, perm, factor, hessian)
+        perm = torch.arange(len(hessian), device=hessian.device)
+        if self.order == "group_order":
+            perm = strongest_first(hessian.diagonal(), width(len(hessian), self.group_size))
+        return Prepared.of(hessian, perm, self.damp_percent, event)
 
     def compress(self, weight: Tensor, prepared: Prepared | None, event: Event) -> BcqWeight:
         return self.compress_all([weight], [prepared], [event])[0]
@@ -110,20 +106,19 @@ class LutGemm(Method):
     ) -> tuple[Tensor, Tensor, Store]:
         """The same of least error in the outputs."""
         matrices = Matrices(known, [len(weight) for weight in weights])
-        columns = torch.cat([one.arranged(weight.T) for one, weight in zip(known, weights)], 1)  # [I, O]
+        columns = torch.cat([weight.T[one.perm] for one, weight in zip(known, weights)], 1)  # [I, O]
         exact = columns.clone()
-        codes, groups = solve(columns, matrices, self, Store(dtype))
-        places = list(spans(len(columns), self.group_size))
-        store = Store.of(groups, self.scale_bits, dtype)
+        solved = solve(columns, matrices, self, Store(dtype))
+        store = solved.store = Store.of(solved.groups, self.scale_bits, dtype)
         if store.stat is not None:  # the sweeps make up for what the rounding to 8 bits loses
-            groups = store.round(groups)
-            for scales, place in zip(groups, places):
-                columns[place] = value_of(codes[place], scales)
+            solved.put_all(store.round(solved.groups), columns)
         for _ in range(self.sweeps):
-            sweep(columns, exact, codes, groups, matrices, store, places)
-        for one, rows in matrices:
-            codes[:, rows] = torch.empty_like(codes[:, rows]).index_copy_(0, one.perm, codes[:, rows])
-            groups[:, rows] = torch.empty_like(groups[:, rows]).index_copy_(0, one.order, groups[:, rows])
+            rescale(columns, exact, solved, matrices)
+            sweep(columns, exact, matrices, solved.group_size, solved.round)
+        codes, groups = torch.empty_like(solved.codes), torch.empty_like(solved.groups)
+        for one, rows in zip(known, matrices.spans):
+            codes[one.perm, rows] = solved.codes[:, rows]
+            groups[one.perm[:: solved.group_size] // solved.group_size, rows] = solved.groups[:, rows]
         return codes.T, groups, store
 
     def encode(self, codes: Tensor, stored: list[Tensor], dtype: torch.dtype) -> BcqWeight:
@@ -137,53 +132,13 @@ class LutGemm(Method):
         return BcqWeight.encode(codes, scale, offset, stat[0].contiguous() if stat else None, scheme)
 
 
-@dataclass(frozen=True)
-class Prepared:
-    """What matrices with the same input share; groups and inputs in the order in which they are solved."""
-
-    order: Tensor  # int64 [G]: which group of the weight each is
-    perm: Tensor  # int64 [I]: which input each column is
-    factor: Tensor  # U [I, I], upper triangular, Uᵀ U = inverse of the damped Hessian
-    hessian: Tensor  # [I, I], damped
-
-    def arranged(self, columns: Tensor) -> Tensor:
-        return columns[self.perm]
-
-
-class Matrices:
-    """Matrices `Wᵀ [I, O]` that lie side by side: what input each has, and which rows."""
-
-    def __init__(self, inputs: list[Prepared], rows: list[int]):
-        ends = itertools.accumulate(rows)
-        self.parts = [(one, slice(end - n, end)) for one, n, end in zip(inputs, rows, ends)]
-        counts = torch.tensor(rows, device=inputs[0].factor.device)
-        self._of_row = torch.arange(len(rows), device=counts.device).repeat_interleave(counts)
-
-    def __iter__(self) -> Iterator[tuple[Prepared, slice]]:
-        return iter(self.parts)
-
-    def spread(self, values: list[Tensor]) -> Tensor:
-        """A tensor `[...]` for each matrix -> `[..., O]`, for each of its rows; `[..., 1]` where all have the same."""
-        if all(value is values[0] for value in values) or len(values) == 1:
-            return values[0][..., None]
-        return torch.stack(values, -1).index_select(-1, self._of_row)
+def width(columns: int, group_size: int) -> int:
+    return columns if group_size == -1 else group_size
 
 
 def spans(columns: int, group_size: int) -> Iterator[slice]:
-    size = columns if group_size == -1 else group_size
+    size = width(columns, group_size)
     return (slice(first, min(first + size, columns)) for first in range(0, columns, size))
-
-
-def strongest_first(diagonal: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
-    """The order of groups, and of inputs `[I]`, by falling strength `[I]`; inputs stay within their groups, and a short
-    last group stays the last. So no kernel need know of it."""
-    places = list(spans(len(diagonal), group_size))
-    size = places[0].stop
-    means = torch.stack([diagonal[place].mean() for place in places])
-    means[-1] = means[-1] if len(diagonal) % size == 0 else -1
-    order = means.argsort(descending=True, stable=True)
-    runs = [diagonal[place].argsort(descending=True, stable=True) + place.start for place in places]
-    return order, torch.cat([runs[g] for g in order.tolist()])
 
 
 def scale_dtype(weight: Tensor, event: Event) -> torch.dtype:
@@ -387,86 +342,69 @@ def solve_small(matrix: Tensor, right: Tensor) -> Tensor:
     return work[:, n].T.to(right.dtype)
 
 
-def solve(columns: Tensor, matrices: Matrices, settings: LutGemm, store: Store) -> tuple[Tensor, Tensor]:
+class Solved:
+    """Codes uint8 `[I, O]` of matrices side by side, and scales `[G, O, bits + 1]` of their groups as stored, both in
+    packed order."""
+
+    def __init__(self, columns: Tensor, settings: LutGemm, store: Store):
+        self.group_size, self.store = width(len(columns), settings.group_size), store
+        self.places = list(spans(len(columns), settings.group_size))
+        self.codes = torch.empty_like(columns, dtype=torch.uint8)
+        self.groups = columns.new_zeros(len(self.places), columns.shape[1], settings.bits + 1)
+        self._books: list[Codebook] = [Codebook.of(scales) for scales in self.groups]
+
+    def put(self, group: int, scales: Tensor) -> None:
+        self.groups[group] = scales
+        self._books[group] = Codebook.of(self.groups[group])
+
+    def put_all(self, groups: Tensor, columns: Tensor) -> None:
+        """Other scales for the codes that are there; `columns [I, O]` become what they now mean."""
+        for group, (scales, place) in enumerate(zip(groups, self.places)):
+            self.put(group, scales)
+            columns[place] = value_of(self.codes[place], scales)
+
+    def round(self, j: int, column: Tensor) -> Tensor:
+        """Rounds column j `[O]` in place, keeps its codes, and returns what was lost."""
+        code, value = self._books[j // self.group_size].nearest(column[None])
+        self.codes[j] = code[0]
+        lost = column - value[0]
+        column.copy_(value[0])
+        return lost
+
+
+def solve(columns: Tensor, matrices: Matrices, settings: LutGemm, store: Store) -> Solved:
     """The column loop over `columns [I, O]`, which is overwritten with the values of the codes.
 
-    Returns codes uint8 `[I, O]` and scales `[G, O, bits + 1]`. A group's values are fitted when it begins, by what its
-    errors would cost after all that later columns can make up for: the inverse square of the factor's diagonal.
+    A group's values are fitted when it begins, by what its errors would cost after all that later columns can make up
+    for: the inverse square of the factor's diagonal.
     """
-    codes, errors = torch.empty_like(columns, dtype=torch.uint8), torch.empty_like(columns)
-    groups = []
-    behind = 0  # the first column whose error has not reached all columns after it
+    solved = Solved(columns, settings, store)
 
-    def pass_on(first: int, last: int, to: slice) -> None:
-        for one, rows in matrices:
-            columns[to, rows].addmm_(one.factor[first:last, to].T, errors[first:last, rows], alpha=-1)
+    def fit_group(group: slice, importance: Tensor) -> None:
+        found = fit(columns[group], importance.square(), settings)
+        solved.put(group.start // solved.group_size, store.round(found))
 
-    importance = matrices.spread([1 / one.factor.diagonal() for one, _ in matrices])
-    for place in spans(len(columns), settings.group_size):
-        if place.start - behind >= BLOCK:
-            pass_on(behind, place.start, slice(place.start, None))
-            behind = place.start
-        pass_on(behind, place.start, place)
-        groups.append(store.round(fit(columns[place], importance[place].square(), settings)))
-        book = Codebook.of(groups[-1])
-        for first, last in blocks(place):
-            within = [one.factor[first:last, first:last] for one, _ in matrices]
-            for i, j in enumerate(range(first, last)):
-                code, value = book.nearest(columns[j : j + 1])
-                codes[j] = code[0]
-                torch.mul(columns[j] - value[0], importance[j], out=errors[j])
-                columns[j] = value[0]
-                columns[j + 1 : last].addcmul_(matrices.spread([u[i, i + 1 :] for u in within]), errors[j], value=-1)
-            if last < place.stop:
-                pass_on(first, last, slice(last, None))
-                behind = last
-    return codes, torch.stack(groups)
+    feed_forward(columns, matrices, solved.group_size, fit_group, solved.round)
+    return solved
 
 
-def blocks(place: slice) -> Iterator[tuple[int, int]]:
-    return ((first, min(first + BLOCK, place.stop)) for first in range(place.start, place.stop, BLOCK))
+def rescale(columns: Tensor, exact: Tensor, solved: Solved, matrices: Matrices) -> None:
+    """Sets the scales of group after group to the least of `tr(Δ H Δᵀ)` while all else stands, which never raises it.
 
-
-def sweep(
-    columns: Tensor,
-    exact: Tensor,
-    codes: Tensor,
-    groups: Tensor,
-    matrices: Matrices,
-    store: Store,
-    places: list[slice],
-) -> None:
-    """Group after group, the scales and then every code are set to the least of `tr(Δ H Δᵀ)` while all else stands.
-
-    Neither raises it. `exact` are the weights to come close to; the other tensors are changed in place.
+    `exact` are the weights to come close to; `columns [I, O]` follow the scales.
     """
     error = columns - exact
-
-    def slopes(place: slice) -> Tensor:
-        """Half the gradient, `[g, O]`."""
-        return torch.cat([one.hessian[place] @ error[:, rows] for one, rows in matrices], 1)
-
-    for scales, place in zip(groups, places):
-        slope = slopes(place)
-        for one, rows in matrices:
-            part = place, rows
+    for group, place in enumerate(solved.places):
+        scales = solved.groups[group].clone()
+        for of, rows in zip(matrices.inputs, matrices.spans):
+            slope = of.hessian[place] @ error[:, rows]  # half the gradient
+            store = solved.store.of_rows(rows)
             moved = refit(
-                columns[part], codes[part], slope[:, rows], one.hessian[place, place], scales[rows], store.of_rows(rows)
+                columns[place, rows], solved.codes[place, rows], slope, of.hessian[place, place], scales[rows], store
             )
-            columns[part] += moved
-            error[part] += moved
-        book = Codebook.of(scales)
-        for first, last in blocks(place):
-            slope = slopes(slice(first, last))
-            within = [one.hessian[first:last, first:last] for one, _ in matrices]
-            strength = matrices.spread([h.diagonal().clamp(min=TINY) for h in within])
-            for i, j in enumerate(range(first, last)):
-                code, value = book.nearest((columns[j] - slope[i] / strength[i])[None])
-                step = value[0] - columns[j]
-                codes[j] = code[0]
-                columns[j] = value[0]
-                slope[i + 1 :].addcmul_(matrices.spread([h[i, i + 1 :] for h in within]), step)
-            torch.sub(columns[first:last], exact[first:last], out=error[first:last])
+            columns[place, rows] += moved
+            error[place, rows] += moved
+        solved.put(group, scales)
 
 
 def refit(values: Tensor, codes: Tensor, slope: Tensor, hessian: Tensor, scales: Tensor, store: Store) -> Tensor:

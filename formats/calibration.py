@@ -53,6 +53,7 @@ class Calibration:
         facts = read_json(confined(folder, FACTS))
         if facts.get("format") != "acc-calibration" or facts.get("version") != VERSION:
             raise ValueError(f"{folder}: {FACTS} is of version {facts.get('version')}, this acc reads {VERSION}")
+        _check_facts(folder, facts)
         extents = read_header(confined(folder, TENSORS))
         shards = Shards(folder, (TENSORS,), extents, dict.fromkeys(extents, TENSORS))
         tensors = {name: shards.read(name) for name in sorted(extents)}
@@ -79,24 +80,27 @@ class Journal:
         when a resumed run differs, naming the differing keys."""
         self.out, self.identity = out, json.loads(json.dumps(identity))
         self.partial = out.with_name(out.name + ".partial")
-        self._check(resume, overwrite)
+        self.check(out, resume, overwrite)
+        if resume and self.partial.exists():
+            before = read_json(self.partial / "identity.json")
+            if keys := differences(before, self.identity):
+                raise ValueError(f"{self.partial}: cannot go on, the run differs: {'; '.join(keys[:3])}")
         if not (resume and self.partial.exists()):
             shutil.rmtree(self.partial, ignore_errors=True)
             self.partial.mkdir(parents=True)
             self._put(self.partial / "identity.json", json.dumps(self.identity, indent=1).encode())
 
-    def _check(self, resume: bool, overwrite: bool) -> None:
-        if self.out.exists() and not (self.out.is_dir() and not any(self.out.iterdir())):
+    @staticmethod
+    def check(out: Path, resume: bool = False, overwrite: bool = False) -> None:
+        """Raises ValueError when `out` or its work folder is there and neither `resume` nor `overwrite` covers it."""
+        if out.exists() and not (out.is_dir() and not any(out.iterdir())):
             if not overwrite:
-                raise ValueError(f"{self.out}: exists; choose another name, or replace it with --overwrite")
-            if read_manifest(self.out) is None:
-                raise ValueError(f"{self.out}: exists and acc did not make it; choose another name or move it away")
-        if self.partial.exists() and not (resume or overwrite):
-            raise ValueError(f"{self.partial}: a run was stopped; go on with --resume, or begin anew with --overwrite")
-        if resume and self.partial.exists():
-            before = read_json(self.partial / "identity.json")
-            if keys := differences(before, self.identity):
-                raise ValueError(f"{self.partial}: cannot go on, the run differs: {'; '.join(keys[:3])}")
+                raise ValueError(f"{out}: exists; choose another name, or replace it with --overwrite")
+            if read_manifest(out) is None:
+                raise ValueError(f"{out}: exists and acc did not make it; choose another name or move it away")
+        partial = out.with_name(out.name + ".partial")
+        if partial.exists() and not (resume or overwrite):
+            raise ValueError(f"{partial}: a run was stopped; go on with --resume, or begin anew with --overwrite")
 
     def done(self, layer: int) -> bool:
         return self._file(layer).exists()
@@ -146,6 +150,16 @@ class Journal:
             work.unlink(missing_ok=True)
             raise OSError(f"{path}: {error.strerror}; make room and run the same command with --resume") from None
         work.replace(path)
+
+
+def _check_facts(folder: Path, facts: Mapping[str, Any]) -> None:
+    """Raises ValueError where `calibration.json` lacks what everything that reads it goes by."""
+    for key, kind in (("model", dict), ("layers", list), ("passes", dict), ("tensors", list)):
+        if not isinstance(facts.get(key), kind):
+            raise ValueError(f"{folder}: {FACTS} has no {key}; it is damaged, make it again")
+    for index, layer in enumerate(facts["layers"]):
+        if not isinstance(layer, dict) or not {"heads", "kv_heads", "head_dim", "refused"} <= layer.keys():
+            raise ValueError(f"{folder}: {FACTS} does not say what layer {index} has; it is damaged, make it again")
 
 
 def facts(model: Mapping[str, Any], layers: list[Any], passes: Mapping[str, Any], data: Any) -> dict[str, Any]:

@@ -408,6 +408,11 @@ class Skeleton:
         with self._forwards(replay):
             return self._call(ids, mask).logits
 
+    def final(self, ids: Tensor, hidden: Tensor) -> Tensor:
+        """`hidden [B, T, H]` after the last block -> the same after the final norm. Gradients flow."""
+        with self._forwards(lambda index, unused, *args, **kwargs: hidden):
+            return self.model.get_decoder()(input_ids=ids.to(self.device), use_cache=False).last_hidden_state
+
     def _call(self, ids: Tensor, mask: Tensor | None) -> Any:
         extra = {} if mask is None else {"attention_mask": mask.to(self.device)}
         return self.model(input_ids=ids.to(self.device), use_cache=False, **extra)

@@ -7,7 +7,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -33,13 +33,17 @@ class Minference(Runtime):
     Budgets are written for prompts of `length` tokens, by default the longest that was calibrated. Block-sparse heads
     have no budget of their own there, and dense heads no name: they become columns and diagonals without a gap."""
 
+    options: ClassVar[Mapping[str, str]] = {"length": "tokens of the prompts that budgets are written for"}
+
     @classmethod
     def write(cls, calibration: Calibration, options: Mapping[str, Any]) -> tuple[dict[str, bytes], list[str]]:
         of = calibration.of("heads")
         if not of:
             raise ValueError("the calibration has no heads pass; make one with: acc calibrate MODEL heads")
         lengths = of["length"]
-        tokens = int(options.get("length") or lengths[-1])
+        tokens = options.get("length", int(lengths[-1]))
+        if not isinstance(tokens, int):
+            raise ValueError(f"length: give a number of tokens, not {tokens!r}")
         if tokens < LEAST_SLASH:
             raise ValueError(f"length {tokens}: a prompt of fewer than {LEAST_SLASH} tokens has no pattern")
         budgets = budget_at(lengths, of["budget"], tokens).tolist()

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 BLOCK = 64  # query rows that share an index, and the width of a range of keys
+AT_ONCE = 1 << 22  # numbers in a temporary tensor
 
 
 def attention_sparse(
@@ -27,9 +28,9 @@ def attention_sparse(
     `column_count` columns, with `softmax(scaling · q kᵀ)` in fp32; the result has the type of `query`. Query head `h`
     reads key head `h // (H / Hkv)`. What follows the counts is not read.
 
-    The offsets of a block of rows ascend; no two ranges overlap and no column lies in one (it would count twice). A
-    range may begin before key 0 or end past the last: what is outside is not there. Every row sees a key at least;
-    `attention_index.py` builds indices that are so, and none of it is checked here.
+    The offsets of a block of rows ascend; no two ranges overlap and no column lies in one (it would count twice). The
+    first range may begin before key 0 and the last end past the last key: what is outside is not there. Every row sees
+    a key at least. `attention_index.py` builds indices that are so, and none of it is checked here.
 
     Jiang et al., MInference 1.0, section 3.2 and appendix C (the kernel of the vertical-slash pattern), for any
     alignment of queries and keys.
@@ -63,15 +64,29 @@ def _head(
 ) -> Tensor:
     """query `[T, D]`, key `[S, D]`, value `[S, Dv]` and the index of one head -> `[T, Dv]`."""
     rows, keys = query.shape[0], key.shape[0]
-    within = torch.arange(BLOCK, device=query.device)
+    position = torch.arange(keys - rows, keys, device=query.device, dtype=torch.int32)
     out = query.new_empty(rows, value.shape[-1])
-    for r, (blocks, columns) in enumerate(zip(block_count.tolist(), column_count.tolist(), strict=True)):
-        part = slice(r * BLOCK, min((r + 1) * BLOCK, rows))
-        position = torch.arange(keys - rows + part.start, keys - rows + part.stop, device=query.device)
-        ranges = (block_offset[r, :blocks, None] + within).flatten()
-        seen = torch.cat([ranges, column_index[r, :columns]]).long()  # [n]
-        hidden = (seen > position[:, None]) | (seen < 0)  # a key past the last is past every row
-        seen = seen.clamp(0, keys - 1)
-        logits = (query[part] @ key[seen].T).masked_fill_(hidden, -torch.inf)
-        out[part] = torch.softmax(logits, dim=-1) @ value[seen]
+    size = max(1, AT_ONCE // (BLOCK * block_offset.shape[-1] + column_index.shape[-1] + 1))
+    indices = zip(*(x.split(size) for x in (block_count, block_offset, column_count, column_index)), strict=True)
+    begin = 0
+    for (blocks, offsets, singles, columns), first in zip(indices, position[::BLOCK].split(size), strict=True):
+        named = _named(blocks, offsets, singles, columns, keys)
+        counts = (named < keys).sum(1).tolist()
+        lates = (named <= first[:, None]).sum(1).tolist()  # the keys from here on are not for all rows
+        for seen, count, late in zip(named, counts, lates, strict=True):
+            part = slice(begin, min(begin + BLOCK, rows))
+            seen, begin = seen[:count], begin + BLOCK
+            logits = query[part] @ key.index_select(0, seen).T
+            logits[:, late:].masked_fill_(seen[late:] > position[part, None], -torch.inf)
+            out[part] = torch.softmax(logits, dim=-1) @ value.index_select(0, seen)
     return out
+
+
+def _named(block_count: Tensor, block_offset: Tensor, column_count: Tensor, column_index: Tensor, keys: int) -> Tensor:
+    """The keys that each block of rows names, int32 `[R, NB · 64 + NC]`, ascending, filled up with `keys`."""
+    within = torch.arange(BLOCK, device=block_offset.device, dtype=torch.int32)
+    ranges = block_offset[..., None] + within  # [R, NB, 64]
+    meant = torch.arange(block_offset.shape[-1], device=within.device) < block_count[:, None]
+    ranges = ranges.where(meant[..., None] & (ranges >= 0) & (ranges < keys), keys)
+    meant = torch.arange(column_index.shape[-1], device=within.device) < column_count[:, None]
+    return torch.cat([ranges.flatten(1), column_index.where(meant, keys)], 1).sort(1).values

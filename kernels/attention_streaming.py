@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-TILE = 128  # query rows taken at once: bounds the memory to [G · TILE, sink + recent + TILE] numbers
+TILE = 64  # query rows taken at once: bounds the memory to [G · TILE, sink + recent + TILE] numbers
 
 
 def attention_streaming(
@@ -50,15 +50,17 @@ def _tile(query: Tensor, key: Tensor, value: Tensor, begin: int, sink: int, rece
     group, rows, _ = query.shape
     end = begin + rows
     left = max(begin - recent + 1, 0)  # the first key of the window of the first row
-    sink = min(sink, left)
-    columns = torch.arange(left, end, device=query.device)
-    distance = torch.arange(begin, end, device=query.device)[:, None] - columns  # [t, window]
-    hidden = (distance < 0) | ((distance >= recent) & (columns >= sink))
-    query = query.reshape(group * rows, -1)
-    window = (query @ key[left:end].T).view(group, rows, -1).masked_fill_(hidden, -torch.inf).flatten(0, 1)
-    logits = torch.cat([query @ key[:sink].T, window], dim=-1) if sink else window
-    probability = torch.softmax(logits, dim=-1)
-    out = probability[:, sink:] @ value[left:end]
-    if sink:
-        out.addmm_(probability[:, :sink], value[:sink])
-    return out.view(group, rows, -1)
+    before = min(sink, left)
+    columns = torch.cat([torch.arange(before), torch.arange(left, end)]).int().to(query.device)
+    if before:
+        key, value = (torch.cat([x[:before], x[left:end]]) for x in (key, value))
+    else:
+        key, value = key[left:end], value[left:end]
+    logits = (query.reshape(group * rows, -1) @ key.T).view(group, rows, -1)
+    position = torch.arange(begin, end, device=query.device, dtype=torch.int32)[:, None]
+    # what all rows see lies between the keys that the last row has lost and those that the first row has yet to see
+    for edge in (slice(before, before + max(end - recent - left, 0)), slice(before + begin - left, None)):
+        distance = position - columns[edge]
+        hidden = (distance < 0) | ((distance >= recent) & (columns[edge] >= sink))
+        logits[..., edge].masked_fill_(hidden, -torch.inf)
+    return torch.softmax(logits, dim=-1) @ value

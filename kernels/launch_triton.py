@@ -227,9 +227,9 @@ def _tile(x: Tensor, weights: Operands, tokens: int, experts: int, vector: bool)
     return tile | {"DTYPE": DTYPES[dtype], "PRECISION": precision}
 
 
-def split_columns(steps: int, programs: int, device: torch.device) -> tuple[int, int]:
-    """The columns' steps per program, and among how many programs they are split."""
-    wanted = min(-(-4 * _processors(device) // programs), MAX_SPLITS, steps)
+def split_columns(steps: int, programs: int, device: torch.device, most: int = MAX_SPLITS) -> tuple[int, int]:
+    """The columns' steps per program, and among how many programs, at `most`, they are split."""
+    wanted = min(-(-4 * _processors(device) // programs), most, steps)
     per_program = -(-steps // wanted)
     return per_program, -(-steps // per_program)
 

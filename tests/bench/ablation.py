@@ -2,15 +2,15 @@
 
     python tests/bench/ablation.py MODEL --data CALIBRATION.txt --eval TEXT.txt --out tests/bench/results/NAME.json
 
-Every row is made by `acc quantize` in a process of its own and scored by `acc eval`: perplexity, its excess over the
-dense model's in nats per token, stored bits. Rows that are in the output file are not made again.
+Every row is made by `acc quantize` in a process of its own and scored by `acc eval --base`: perplexity, its excess over
+the dense model's and the divergence from it, both in nats per token, stored bits. Rows that are in the output file
+are not made again.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
 import sys
 import tempfile
 from pathlib import Path
@@ -37,11 +37,15 @@ ROWS: dict[str, list[str]] = {  # without --refine unless it is named
 }
 
 
-def score(arguments: argparse.Namespace, model: str) -> float:
-    """Perplexity."""
-    command = [str(ACC), "eval", model, "--data", arguments.eval, "--window", str(arguments.window)]
-    scored, _, _ = run([*command, "--windows", str(arguments.windows), "--json"])
-    return scored["perplexity"]
+def score(arguments: argparse.Namespace, model: str) -> dict[str, float]:
+    """Perplexity, excess and divergence of a packed model."""
+    command = [str(ACC), "eval", model, "--base", arguments.model, "--data", arguments.eval]
+    found, _, _ = run([*command, "--window", str(arguments.window), "--windows", str(arguments.windows), "--json"])
+    return {
+        "perplexity": round(found["perplexity"], 4),
+        "excess_nats": round(found["nll"] - found["nll_base"], 4),
+        "kl": round(found["kl"], 4),
+    }
 
 
 def row(arguments: argparse.Namespace, bits: int, options: list[str]) -> dict[str, Any]:
@@ -50,12 +54,12 @@ def row(arguments: argparse.Namespace, bits: int, options: list[str]) -> dict[st
         command = [str(ACC), "quantize", arguments.model, out, "--bits", str(bits), *options, "--data", arguments.data]
         command += ["--nsamples", str(arguments.nsamples), "--seqlen", str(arguments.seqlen), "--json"]
         made, seconds, _ = run(command)
-        perplexity = score(arguments, out)
+        scored = score(arguments, out)
     return {
         "bits": bits,
         "options": options,
         "stored_bits": round(made["packed"]["packed_bits"], 4),
-        "perplexity": round(perplexity, 4),
+        **scored,
         "seconds": round(seconds, 1),
         "phases": made["phases"],
     }
@@ -74,7 +78,6 @@ def main() -> None:
     arguments = parser.parse_args()
     settings = {name: getattr(arguments, name) for name in ("nsamples", "seqlen", "window", "windows")}
     found = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
-    dense = found.get("dense_perplexity") or score(arguments, arguments.model)
     rows = found.get("rows", {})
     for bits in arguments.bits:
         for name in arguments.rows:
@@ -84,12 +87,11 @@ def main() -> None:
             print(key, flush=True)
             options = ROWS[name] if "--refine" in ROWS[name] else [*ROWS[name], "--refine", "0"]
             rows[key] = row(arguments, bits, options)
-            rows[key]["excess_nats"] = round(math.log(rows[key]["perplexity"] / dense), 4)
-            whole = {
+            whole = found | {
                 "model": Path(arguments.model).name,
                 "text": [Path(arguments.data).name, Path(arguments.eval).name],
             }
-            whole |= {"settings": settings, "machine": machine(), "dense_perplexity": dense, "rows": rows}
+            whole |= {"settings": settings, "machine": machine(), "rows": rows}
             arguments.out.write_text(json.dumps(whole, indent=1) + "\n")
 
 

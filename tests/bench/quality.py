@@ -2,9 +2,11 @@
 
     python tests/bench/quality.py MODEL --data CALIBRATION.txt --eval TEXT.txt --out tests/bench/results/NAME.json
 
-Each row is made by `acc quantize` in a process of its own (so that time and peak memory are its own) and scored by
-`acc eval` against the dense model. Only the decoder's linear layers are quantised. Rows that are in the output file
-are not made again.
+Each row is made by `acc quantize` in a process of its own (so that time and peak memory are its own); several are then
+scored together, as `acc eval --base` does it one by one, so that the dense model runs once for all of them. Only the
+decoder's linear layers are quantised. Rows that are in the output file are not made again.
+
+`--rows "gptq 3, groups of 64"` may name any method of FAMILY at any bits and groups, and any row of ROWS.
 """
 
 from __future__ import annotations
@@ -17,12 +19,17 @@ import os
 import platform
 import re
 import resource
-import shutil
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+
+from acc.calibrate.evaluate import evaluate_all, windows
+from acc.calibrate.stream import Stream
+from acc.calibrate.text import load_tokens
+from acc.cli.base import tokenizer_of
+from acc.formats.source import open_source
 
 ACC = Path(sys.executable).with_name("acc")
 # The settings of the SpQR authors' run: groups of 16, 3-bit statistics shared by 16 rows, threshold 0.2, damping 1,
@@ -39,12 +46,7 @@ ROWS = {
     "spqr 2, as it comes": ["spqr", "2"],
     "spqr 2": ["spqr", "2", *AUTHORS],
     "spqr 2 threshold 1": ["spqr", "2", *AUTHORS, "--outlier-threshold", "1.0"],
-    "gptq 3, groups of 64": ["gptq", "3", "--group-size", "64"],
-    "gptq 4, groups of 64": ["gptq", "4", "--group-size", "64"],
     "gptq 4, symmetric, groups of 128": ["gptq", "4", "--group-size", "128", "--grid", "symmetric"],
-    "gptq 2, groups of 32": ["gptq", "2", "--group-size", "32"],
-    "gptq 3, groups of 128": ["gptq", "3", "--group-size", "128"],
-    "gptq 3, groups of 32": ["gptq", "3", "--group-size", "32"],
     "gptq 2.5, mixed": ["gptq", "2.5"],
     "gptq 3, mixed": ["gptq", "2.9999"],
     "gptq 3.3, mixed": ["gptq", "3.3"],
@@ -55,8 +57,16 @@ ROWS = {
     "rtn 2": ["rtn", "2", "--group-size", "16"],
     "spqr 4": ["spqr", "4", *AUTHORS],
     "rtn 4": ["rtn", "4", "--group-size", "16"],
-    "rtn 4, groups of 32": ["rtn", "4", "--group-size", "32"],
 }
+FAMILY = {
+    "rtn": ["rtn"],
+    "gptq": ["gptq"],
+    "gptq unrefined": ["gptq", "--refine", "0"],
+    "lut-gemm": ["lut-gemm"],
+    "lut-gemm plain": ["lut-gemm", "--activation-aware", "false"],
+    "spqr": ["spqr", "--outlier-threshold", "1.0"],
+}
+TOGETHER = 3  # rows that are scored at once
 
 
 def run(command: list[str]) -> tuple[dict, float, float]:
@@ -73,27 +83,38 @@ def run(command: list[str]) -> tuple[dict, float, float]:
     return json.loads(text), time.monotonic() - started, usage.ru_maxrss / 2**20
 
 
-def row(arguments: argparse.Namespace, method: str, bits: str, *options: str) -> dict:
-    """Quantises, evaluates, and returns the figures."""
-    with tempfile.TemporaryDirectory() as folder:
-        out = str(Path(folder) / "out")
-        quantize = [str(ACC), "quantize", arguments.model, out, "--method", method, "--bits", bits, *options, "--json"]
-        if method != "rtn":
-            quantize += ["--data", arguments.data, "--nsamples", str(arguments.nsamples)]
-            quantize += ["--seqlen", str(arguments.seqlen)]
-        made, seconds, peak = run(quantize)
-        score = [str(ACC), "eval", out, "--base", arguments.model, "--data", arguments.eval]
-        score += ["--window", str(arguments.window), "--windows", str(arguments.windows), "--json"]
-        scored, eval_seconds, _ = run(score)
-        shutil.rmtree(out)
+def options_of(name: str) -> list[str]:
+    """The options of `acc quantize` that a row is made with: its method, its bits, then others."""
+    if name in ROWS:
+        return ROWS[name]
+    found = re.fullmatch(r"(.+) (\d), groups of (\d+)", name)
+    if found is None or found[1] not in FAMILY:
+        sys.exit(f"there is no row {name!r}")
+    method, *others = FAMILY[found[1]]
+    return [method, found[2], "--group-size", found[3], *others]
+
+
+def make(arguments: argparse.Namespace, out: Path, method: str, bits: str, *options: str) -> dict:
+    """Quantises; the figures of that."""
+    quantize = [str(ACC), "quantize", arguments.model, str(out), "--method", method, "--bits", bits, *options, "--json"]
+    if method != "rtn":
+        quantize += ["--data", arguments.data, "--nsamples", str(arguments.nsamples)]
+        quantize += ["--seqlen", str(arguments.seqlen)]
+    made, seconds, peak = run(quantize)
     return {
         "quantize": made,
-        "eval": scored,
         "seconds": round(seconds, 1),
-        "eval_seconds": round(eval_seconds, 1),
         "peak_memory_gib": round(peak, 2),
         "command": [part if Path(part).name == part else Path(part).name for part in quantize[1:]],
     }
+
+
+def score(arguments: argparse.Namespace, folders: list[Path]) -> list[dict]:
+    """What `acc eval --base` says of each folder."""
+    base = open_source(arguments.model)
+    ids = load_tokens(arguments.eval, tokenizer_of(base), chat_template="auto").ids
+    streams = [Stream(open_source(folder)) for folder in folders]
+    return evaluate_all(streams, Stream(base), windows(ids, arguments.window, arguments.windows))
 
 
 def machine() -> dict:
@@ -125,14 +146,20 @@ def main() -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     found = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
     rows = found.get("rows", {})
-    for name in arguments.rows:
-        if name not in rows:
-            print(name, flush=True)
-            rows[name] = row(arguments, *ROWS[name])
-            settings = {k: v for k, v in vars(arguments).items() if k in ("nsamples", "seqlen", "window", "windows")}
-            whole = {"model": Path(arguments.model).name, "settings": settings, "machine": machine(), "rows": rows}
-            text = json.dumps(whole, indent=1)
-            arguments.out.write_text(re.sub(r'"(/[\w.-]+)+/([\w.-]+)"', r'"\2"', text) + "\n")  # names, not places
+    settings = {k: v for k, v in vars(arguments).items() if k in ("nsamples", "seqlen", "window", "windows")}
+    missing = [name for name in arguments.rows if name not in rows]
+    while missing:
+        names, missing = missing[:TOGETHER], missing[TOGETHER:]
+        with tempfile.TemporaryDirectory() as folder:
+            made = {}
+            for number, name in enumerate(names):
+                print(name, flush=True)
+                made[name] = make(arguments, Path(folder) / str(number), *options_of(name))
+            scores = score(arguments, [Path(folder) / str(number) for number in range(len(names))])
+        rows |= {name: made[name] | {"eval": scored} for name, scored in zip(names, scores)}
+        whole = {"model": Path(arguments.model).name, "settings": settings, "machine": machine(), "rows": rows}
+        text = json.dumps(whole, indent=1)
+        arguments.out.write_text(re.sub(r'"(/[\w.-]+)+/([\w.-]+)"', r'"\2"', text) + "\n")  # names, not places
 
 
 if __name__ == "__main__":

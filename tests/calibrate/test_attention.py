@@ -101,3 +101,38 @@ def test_a_killed_run_goes_on_and_ends_the_same(checkpoint, tmp_path, monkeypatc
     assert written == [1, 2]
     assert again.keys() == whole.keys()
     assert all(torch.equal(again[name], whole[name]) for name in whole)
+
+
+def test_progress_goes_from_nothing_to_all_in_every_step(checkpoint, tmp_path):
+    """Also when a run goes on: the layers that are known, then the others, then the pass, each from 0 to 1."""
+
+    class Slow(Recompute):
+        def conclude(self, subject, found):
+            subject.tick(0.5)
+            return super().conclude(subject, found)
+
+    Slow.__module__ = "acc.calibrate.slow"
+    source, told = open_source(checkpoint("llama")), []
+
+    def told_by(**options):
+        told.clear()
+        journal = Journal(tmp_path / "out", {}, **options)
+        learn(source, [Slow()], PROMPTS, journal, progress=lambda share, what: told.append((share, what)))
+        return [(round(share, 6), what) for share, what in told]
+
+    tokens = [len(prompt) for prompt in PROMPTS]
+    shares = [sum(tokens[:n]) / sum(tokens) for n in (1, 2, 3)]
+    whole = told_by()
+    assert whole[-2:] == [(0.0, "2/2 slow"), (0.5, "2/2 slow")]
+    layers = whole[:-2]
+    assert [share for share, _ in layers] == [round((n + s) / 3, 6) for n in range(3) for s in shares]
+    assert [what for _, what in layers][::3] == [f"1/2 layer {n} of 3" for n in (1, 2, 3)]
+    (tmp_path / "out.partial" / "layer-00002.safetensors").unlink()
+    again = told_by(resume=True)
+    steps = [what.partition(" ")[0] for _, what in again]
+    assert list(dict.fromkeys(steps)) == ["1/3", "2/3", "3/3"]
+    assert [share for share, what in again if what.startswith("2/3")] == [0.0, *(round(s, 6) for s in shares)]
+    for step in ("1/3", "2/3"):
+        found = [share for share, what in again if what.startswith(step)]
+        assert found == sorted(found)
+        assert all(0 <= share <= 1 for share in found)

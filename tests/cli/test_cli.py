@@ -80,6 +80,7 @@ def test_every_verb_has_help(capsys):
         "bench",
         "apply",
         "plan",
+        "calibrate",
     }
     for verb in verbs():
         code, out, _ = call(capsys, verb, "--help")
@@ -411,7 +412,7 @@ def test_a_bug_is_one_line_without_a_traceback(tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 1
-    assert done.stderr.startswith("acc: TypeError")
+    assert done.stderr.startswith("acc: AttributeError")
     assert "this is a bug in acc" in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
 

@@ -36,6 +36,27 @@ def test_plan_says_what_quantize_then_does(capsys, checkpoint, tmp_path):
     assert told["memory"]["peak"] > 0
 
 
+def test_the_demo_s_mix_is_as_large_as_planned(capsys, tmp_path):
+    words = ["--method", "rtn", "--bits", "3.4", "--json"]
+    code, out, err = call(capsys, "plan", "demo", *words)
+    assert code == 0, err
+    told = json.loads(out)
+    data = tmp_path / "text.txt"
+    data.write_text("What is said here is said again, and again, until all of it has been said. " * 40)
+    more = ["--data", data, "--nsamples", "2", "--seqlen", "64"]
+    code, out, err = call(capsys, "quantize", "demo", tmp_path / "out", *words, *more)
+    assert code == 0, err
+    made = json.loads(out)
+    assert told["after"] == pytest.approx(made["packed"]["bytes"], rel=0.02)
+    assert told["packed_bits"] == pytest.approx(made["packed"]["packed_bits"], rel=0.02)
+
+
+def test_a_mix_smaller_than_can_be_says_the_least(capsys, checkpoint):
+    code, _, err = call(capsys, "plan", checkpoint("llama"), "--method", "gptq", "--bits", "1.5")
+    assert code == 2
+    assert "the least that gptq can do there is 2." in err
+
+
 def test_what_is_printed(capsys, checkpoint):
     code, out, err = call(capsys, "plan", checkpoint("mixtral"), "--bits", "4", "--ignore", "*.o_proj")
     assert code == 0, err

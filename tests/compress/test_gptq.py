@@ -7,8 +7,8 @@ import pytest
 import torch
 from acc.calibrate.hessian import Hessian
 from acc.compress import descent
-from acc.compress.descent import Matrices, Prepared
-from acc.compress.gptq import GPTQ, Grids, rescale, solve, strongest_first
+from acc.compress.descent import Matrices, Prepared, strongest_first
+from acc.compress.gptq import GPTQ, Grids, rescale, solve
 from acc.compress.rtn import Rtn
 
 GRIDS = ["asymmetric", "symmetric", "full_range"]

@@ -5,8 +5,9 @@ import itertools
 import pytest
 import torch
 from acc.calibrate.hessian import Hessian
-from acc.compress import lut_gemm
-from acc.compress.lut_gemm import Codebook, LutGemm, Matrices, Store, alternate, fit, in_order, value_of
+from acc.compress import descent, lut_gemm
+from acc.compress.descent import Matrices, sweep
+from acc.compress.lut_gemm import Codebook, LutGemm, Store, alternate, fit, in_order, rescale, value_of
 from acc.compress.recipe import Recipe
 from acc.compress.rtn import Rtn
 from acc.registry import lookup
@@ -151,22 +152,26 @@ def test_no_step_of_a_sweep_raises_the_error_at_the_output():
     weight, statistic = normal(30, 96), hessian_of(96)
     method = LutGemm(bits=2, group_size=32)
     known = method.prepare({"hessian": statistic}, silent)
-    exact = known.arranged(weight.T)
+    exact = weight.T[known.perm]
     columns = exact.clone()
     matrices, store = Matrices([known], [30]), Store(torch.float32)
-    codes, groups = lut_gemm.solve(columns, matrices, method, store)
+    solved = lut_gemm.solve(columns, matrices, method, store)
 
     def error():
         delta = (columns - exact).double()
         return float((delta * (known.hessian.double() @ delta)).sum())
 
     before = error()
-    for _ in range(4):
-        lut_gemm.sweep(columns, exact, codes, groups, matrices, store, list(lut_gemm.spans(96, 32)))
+    for turn in range(8):
+        if turn % 2:
+            sweep(columns, exact, matrices, 32, solved.round)
+        else:
+            rescale(columns, exact, solved, matrices)
         assert error() <= before * (1 + 1e-6)
         before = error()
         for g, place in enumerate(lut_gemm.spans(96, 32)):
-            torch.testing.assert_close(value_of(codes[place], groups[g]), columns[place], rtol=1e-4, atol=1e-5)
+            values = value_of(solved.codes[place], solved.groups[g])
+            torch.testing.assert_close(values, columns[place], rtol=1e-4, atol=1e-5)
 
 
 def column_loop(weight, hessian, groups):
@@ -188,9 +193,9 @@ def test_the_column_loop_is_gptq_s(monkeypatch):
     method = LutGemm(bits=2, group_size=16, order="identity")
     known = method.prepare({"hessian": statistic}, silent)
     for block in (128, 16):
-        monkeypatch.setattr(lut_gemm, "BLOCK", block)
+        monkeypatch.setattr(descent, "BLOCK", block)
         columns = weight.T.clone()
-        _, groups = lut_gemm.solve(columns, Matrices([known], [5]), method, Store(torch.float32))
+        groups = lut_gemm.solve(columns, Matrices([known], [5]), method, Store(torch.float32)).groups
         made = column_loop(weight, known.hessian, groups)
         assert ((columns.T - made).abs() > 1e-3).float().mean() < 0.02  # a tie may fall the other way in fp32
 

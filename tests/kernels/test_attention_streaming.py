@@ -11,9 +11,14 @@ TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
 
 @pytest.fixture(autouse=True)
 def poison(monkeypatch):
-    """Memory that nobody wrote holds NaN."""
+    """Memory that nobody wrote holds NaN, or the greatest integer."""
     new = torch.Tensor.new_empty
-    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *a, **k: new(*a, **k).fill_(torch.nan))
+
+    def filled(*arguments, **settings):
+        tensor = new(*arguments, **settings)
+        return tensor.fill_(torch.nan if tensor.is_floating_point() else torch.iinfo(tensor.dtype).max)
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", filled)
 
 
 def inputs(batch, heads, key_heads, rows, keys, width, value_width=None, dtype=torch.float32):
@@ -60,7 +65,7 @@ WINDOWS = [((0, 0), (1, 5)), ((4, 130), (64, 1)), ((1, 70), (100, 33)), ((0, 999
 
 
 @pytest.mark.parametrize("window", WINDOWS, ids=str)
-@pytest.mark.parametrize(("rows", "keys"), [(1, 1), (1, 90), (7, 7), (100, 163), (200, 200), (65, 300)], ids=str)
+@pytest.mark.parametrize(("rows", "keys"), [(1, 1), (1, 90), (7, 7), (65, 180), (150, 150)], ids=str)
 def test_equals_the_mask(rows, keys, window):
     tensors = inputs(2, 4, 2, rows, keys, 16, 24)
     actual = attention_streaming(*tensors, **settings(*window))
@@ -81,12 +86,22 @@ def test_a_window_of_all_keys_is_dense():
 def test_chunks_equal_the_whole(monkeypatch, way):
     monkeypatch.setenv("ACC_KERNELS", way)
     function = pick("attention_streaming", DEVICE, head_dim=16)
-    query, key, value = inputs(1, 2, 1, 210, 210, 16)
+    query, key, value = inputs(1, 2, 1, 140, 140, 16)
     window = settings([5], [70])
     whole = function(query, key, value, **window)
-    for begin, end in ((0, 1), (0, 64), (1, 200), (130, 131), (200, 210)):
+    for begin, end in ((0, 1), (1, 70), (130, 131)):
         part = function(query[:, :, begin:end], key[:, :, :end], value[:, :, :end], **window)
         torch.testing.assert_close(part, whole[:, :, begin:end], rtol=1e-5, atol=1e-6)
+
+
+def test_the_definition_has_the_gradient_of_the_mask():
+    tensors = [x.requires_grad_() for x in inputs(1, 4, 2, 70, 90, 16)]
+    weight = torch.randn(1, 4, 70, 16, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    actual = torch.autograd.grad((attention_streaming(*tensors, **settings([3, 0], [20, 64])) * weight).sum(), tensors)
+    mask = visible([3, 0], [20, 64], 70, 90, 2)
+    expected = torch.autograd.grad((masked(*tensors, mask, 0.3) * weight).sum(), tensors)
+    for a, b in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
 def test_a_head_without_a_window_and_queries_without_keys_are_refused():
@@ -129,8 +144,8 @@ def test_strides_and_equal_calls(monkeypatch):
     """What the models hand over is `[B, T, H, D]`, transposed."""
     monkeypatch.setenv("ACC_KERNELS", "triton")
     function = pick("attention_streaming", DEVICE, head_dim=16)
-    tensors = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in inputs(2, 4, 2, 70, 90, 16)]
-    window = settings([3, 0], [20, 64])
+    tensors = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in inputs(2, 2, 1, 40, 50, 16)]
+    window = settings([3], [20])
     actual = function(*tensors, **window)
     assert torch.equal(actual, function(*tensors, **window))
     assert torch.equal(actual, function(*(x.contiguous() for x in tensors), **window))
@@ -150,7 +165,7 @@ def test_types_and_devices_that_it_has_no_kernel_for(monkeypatch):
     monkeypatch.setenv("ACC_KERNELS", "triton")
     with pytest.raises(ValueError, match="head_dim is 320"):
         pick("attention_streaming", DEVICE, head_dim=320)
-    with pytest.raises(ValueError, match="query is torch.float64"):
+    with pytest.raises(ValueError, match=r"query is torch\.float64"):
         pick("attention_streaming", DEVICE)(*(x.double() for x in inputs(1, 1, 1, 4, 4, 16)), **settings([0], [1]))
     monkeypatch.delenv("ACC_KERNELS")
     if DEVICE == "cpu":

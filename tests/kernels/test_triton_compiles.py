@@ -79,6 +79,34 @@ for tokens, stored, group in ((1, free, 128), (16, codes8, 128), (1, even, 16), 
 """
 )
 
+DECODE = (
+    SCRIPT.partition("from acc.kernels import launch_triton")[0]
+    + """
+from acc.kernels import attention_gather_triton, attention_label_triton, attention_select_triton, chosen_triton
+
+for module, names in (
+    (attention_label_triton, ["label_kernel"]),
+    (attention_select_triton, ["mass_kernel", "score_kernel"]),
+    (attention_gather_triton, ["gather_kernel", "merge_kernel"]),
+    (chosen_triton, ["digit_kernel", "count_kernel", "place_kernel"]),
+):
+    for name in names:
+        setattr(module, name, Compiled(getattr(module, name)))
+
+for dtype, dim, bits, queries in (
+    (torch.bfloat16, 128, 4, 1), (torch.float16, 96, 16, 16), (torch.bfloat16, 256, 8, 1), (torch.float32, 64, 16, 3)
+):
+    key = torch.zeros(1, 8, 4096, dim, dtype=dtype)
+    query = torch.zeros(1, 32, queries, dim, dtype=dtype)
+    channels, scale = torch.arange(32).expand(8, 32), torch.ones(8, 32)
+    label = attention_label_triton.label_op(key, channels, scale, bits)
+    attention_select_triton.select_op(query[:, :, 0], label, channels, scale, bits, 0.1)
+    index = torch.zeros(1, 8, 256, dtype=torch.int32)
+    attention_gather_triton.gather_op(query, key, key, index, 0.1)
+chosen_triton.chosen_op(torch.zeros(1, 8, 4096), 200, 4, 32)
+"""
+)
+
 
 def compiled(script, tmp_path):
     """For each launch the kernel's name, whether it multiplies on tensor cores, and whether it reads words by fours."""
@@ -105,3 +133,12 @@ def test_bit_planes_compile_for_a_gpu_that_is_not_here(tmp_path):
     kernels = [line for line in compiled(PLANES, tmp_path) if line[0] != "finish_kernel"]
     assert [name for name, *_ in kernels] == ["vector_kernel", "tile_kernel"] * 2
     assert all(on_tensor_cores == "True" for name, on_tensor_cores, _ in kernels if name == "tile_kernel")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU the other tests compile them")
+def test_sparse_decoding_compiles_for_a_gpu_that_is_not_here(tmp_path):
+    kernels = compiled(DECODE, tmp_path)
+    names = ["label_kernel", "mass_kernel", "score_kernel", "gather_kernel", "merge_kernel"]
+    assert [name for name, *_ in kernels] == names * 4 + ["digit_kernel"] * 3 + ["count_kernel", "place_kernel"]
+    for name, on_tensor_cores, _ in kernels[:15]:  # the others are in float32, whose products are exact
+        assert (on_tensor_cores == "True") == (name in ("mass_kernel", "score_kernel", "gather_kernel")), name
