@@ -101,20 +101,30 @@ class Estimate:
         return stack(parts)
 
     def _vertical_slash(self, vertical: Tensor, slash: Tensor, columns: Tensor, bands: Tensor) -> Index:
-        """As MInference, with three differences. Of diagonals whole bands are chosen, by what a band holds, as one that
-        is chosen by itself costs a band all the same. What the best columns explain of a diagonal does not speak for
-        it. And keys that the last rows see in the bands nearest to them are no columns, however much they are looked
-        at: it says nothing of the rows before."""
-        best = _first(vertical, columns)
-        tiles = band_mass((slash - spread(vertical * best)).clamp(min=0))
-        tiles[..., 0] = torch.inf
-        bands = bands.clamp(max=tiles.shape[-1])
-        near = BLOCK * _first(tiles, bands).long().cumprod(-1).sum(-1, keepdim=True)
-        place = torch.arange(self.keys, device=slash.device)
-        vertical = vertical.masked_fill(place >= self.keys - near, 0.0)
+        """As MInference, with three differences. Of diagonals whole bands are chosen, by what a band holds, as one
+        that is chosen by itself costs a band all the same; the two nearest always, so that the first rows of a block
+        see their neighbours too. Keys that the last rows see in the bands nearest to them are no columns, however much
+        they are looked at: it says nothing of the rows before. And what columns explain of a diagonal does not speak
+        for it."""
+        bands = bands.clamp(max=-(-self.keys // BLOCK))
+        far = self._beyond(vertical, _first(_tiles(slash), bands))
+        tiles = _tiles((slash - spread(far * _first(far, columns))).clamp(min=0))
         slash = slash.new_full(slash.shape, -1.0)
         slash[..., ::BLOCK] = tiles
-        return vertical_slash_index(vertical, slash, columns, bands, self.rows)
+        return vertical_slash_index(self._beyond(vertical, _first(tiles, bands)), slash, columns, bands, self.rows)
+
+    def _beyond(self, vertical: Tensor, tiles: Tensor) -> Tensor:
+        """vertical `[B, h, S]` without the keys that the last rows see in those of the bands, bool `[B, h, C]`, that
+        follow each other from the nearest on."""
+        near = BLOCK * tiles.long().cumprod(-1).sum(-1, keepdim=True)
+        return vertical.masked_fill(torch.arange(self.keys, device=self.device) >= self.keys - near, 0.0)
+
+
+def _tiles(slash: Tensor) -> Tensor:
+    """slash `[..., S]` -> `[..., C]`: what bands are ranked by, the two nearest before all others."""
+    mass = band_mass(slash)
+    mass[..., :2] = torch.inf
+    return mass
 
 
 def _first(scores: Tensor, count: Tensor) -> Tensor:

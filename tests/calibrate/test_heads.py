@@ -145,7 +145,7 @@ def planted(tokens=1024):
 def test_planted_heads_get_their_kinds(objective):
     learned = concluded([planted()], cost=0.6, objective=objective)
     assert learned.tensors["kind"][0, :3].tolist() == [STREAMING, VERTICAL_SLASH, BLOCKS]
-    assert (learned.tensors["recall"][0, :3] > 0.95).all()
+    assert (learned.tensors["recall"][0, :3] > 0.9).all()
     assert (learned.tensors["margin"][0, :3] > 1e-4).all()
     assert float(learned.tensors["cost"].mean()) <= 0.6
 

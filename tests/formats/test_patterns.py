@@ -126,8 +126,8 @@ def planted(keys, columns, distance):
 def test_columns_and_diagonals_that_matter_are_found():
     columns, distance = (130, 300, 301), 400
     query, key = planted(1024, columns, distance)
-    # 64 columns are the first ones; one band is the nearest, and distance 400 lies in two
-    index = prefill_index(torch.tensor([VERTICAL_SLASH]), torch.tensor([[64 + 3, 192]]), query, key, scaling=1.0)
+    # 64 columns are the first ones; two bands are the nearest, and distance 400 lies in two
+    index = prefill_index(torch.tensor([VERTICAL_SLASH]), torch.tensor([[64 + 3, 256]]), query, key, scaling=1.0)
     found = seen(index, 1024, 1024)[0, 0]
     for t in range(1024):
         for j in columns:
