@@ -49,6 +49,8 @@ class Heads(Pass):
 
     def conclude(self, subject: Subject, found: Mapping[int, dict[str, Tensor]]) -> Learned:
         length = next(iter(found.values()))["length"]
+        if not len(length):
+            return _dense(subject)
         long = length >= min(SHORTEST, int(length[-1]))
         length, means = length[long], {i: _means(of, long) for i, of in found.items()}
         kind, share = candidates(self.levels)
@@ -139,7 +141,7 @@ class Search(Learner):
 
     def result(self) -> dict[str, Tensor]:
         if not self.sums:
-            raise ValueError(f"heads: every prompt is shorter than {LEAST} tokens; take a larger --seqlen")
+            return {"length": torch.zeros(0, dtype=torch.long)}
         lengths = sorted(self.sums)
         stacked = {name: torch.stack([self.sums[n][name] for n in lengths], -1) for name in self.sums[lengths[0]]}
         return stacked | {"length": torch.tensor(lengths)}
@@ -165,6 +167,20 @@ def _by_layer(of: Mapping[str, Tensor], layers: list[int], count: int) -> dict[s
         name: of_layers(dict(zip(layers, x.chunk(len(layers)), strict=True)), count, neutral.get(name, 1.0))
         for name, x in of.items()
     }
+
+
+def _dense(subject: Subject) -> Learned:
+    """What is learned of prompts that are all too short: every head stays dense."""
+    heads = max(layer.heads for layer in subject.open)
+    ones = torch.ones(len(subject.layers), heads, 1)
+    tensors = {
+        "kind": torch.zeros(len(subject.layers), heads, dtype=torch.uint8),
+        "length": torch.tensor([LEAST], dtype=torch.int32),
+        "budget": ones[..., None].expand(-1, -1, -1, 2).clone(),
+        **{"recall": ones, "cost": ones, "error": 0 * ones, "deviation": 0 * ones, "margin": 0 * ones[..., 0]},
+    }
+    event = f"every prompt is shorter than {LEAST} tokens, so that all heads stay dense; take a larger --seqlen"
+    return Learned(tensors, {"kinds": {"dense": heads * len(subject.open)}}, (event,))
 
 
 def _summary(chosen: Mapping[str, Tensor], length: Tensor) -> dict[str, Any]:
