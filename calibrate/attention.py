@@ -14,7 +14,7 @@ from ..formats.model import AttentionLayer
 from ..formats.source import Source, all_finite
 from .base import Attended, Learned, Pass, Subject
 from .prompts import Prompt
-from .stream import Block, Stream
+from .stream import Block, Clock, Stream
 
 Progress = Callable[[float, str], None]  # the share of the present step that is done; each step starts at 0 again
 OUTPUTS = ("o_proj", "out_proj", "dense", "wo")  # what families call the projection of the heads' outputs
@@ -44,33 +44,36 @@ def learn(
     device: str = "cpu",
     spill: Path | None = None,
     progress: Progress = lambda share, what: None,
+    clock: Clock | None = None,
 ) -> dict[str, Learned]:
     """Streams the model over the prompts, each once and by itself, and lets every pass look at every open layer.
 
-    Layers that `journal` has already are run but not looked at again. Raises ValueError for a model of which no layer
+    Layers that `journal` has already are run but not looked at again. `clock` learns how long each pass looked and
+    concluded, under its name, and how long the model ran, as `stream`. Raises ValueError for a model of which no layer
     can be calibrated, and for values that are not finite, naming the layer.
     """
+    clock = clock or Clock()
     steps = _Steps(progress, sum(len(prompt) for prompt in prompts), len(passes))
     stream = Stream(source, dtype=dtype, device=device, spill=spill, tick=steps.tick)
     layers = stream.skeleton.attention_layers()
     open_layers(layers, stream.skeleton.family)
     steps.layers([layer.refused is not None or journal.done(layer.index) for layer in layers])
-    found: dict[int, dict[str, dict[str, Tensor]]] = {}
-    for block in stream.blocks([prompt.ids[None] for prompt in prompts]):
-        layer = layers[block.index]
-        if layer.refused is not None:
-            continue
-        if not journal.done(layer.index):
-            journal.write(layer.index, _look(stream, block, layer, passes, prompts))
-        found[layer.index] = journal.read(layer.index)
-        if all(journal.done(other.index) for other in layers if other.refused is None):
-            found = {other.index: journal.read(other.index) for other in layers if other.refused is None}
-            break
-    stream.close()
+    with clock.phase("stream"):
+        for block in stream.blocks([prompt.ids[None] for prompt in prompts]):
+            layer = layers[block.index]
+            if layer.refused is not None:
+                continue
+            if not journal.done(layer.index):
+                journal.write(layer.index, _look(stream, block, layer, passes, prompts, clock))
+            if all(journal.done(other.index) for other in layers if other.refused is None):
+                break
+        stream.close()
+    found = {layer.index: journal.read(layer.index) for layer in layers if layer.refused is None}
     learned = {}
     for one in passes:
         subject = Subject(source, layers, list(prompts), dtype, device, steps.concludes(name_of(one)))
-        learned[name_of(one)] = one.conclude(subject, {i: of[name_of(one)] for i, of in found.items()})
+        with clock.phase(name_of(one)):
+            learned[name_of(one)] = one.conclude(subject, {i: of[name_of(one)] for i, of in found.items()})
     return learned
 
 
@@ -106,7 +109,12 @@ class _Steps:
 
 
 def _look(
-    stream: Stream, block: Block, layer: AttentionLayer, passes: Sequence[Pass], prompts: Sequence[Prompt]
+    stream: Stream,
+    block: Block,
+    layer: AttentionLayer,
+    passes: Sequence[Pass],
+    prompts: Sequence[Prompt],
+    clock: Clock,
 ) -> dict[str, dict[str, Tensor]]:
     """Runs the block, and has the learner of every pass see what its attention was given."""
     learners = {name_of(one): (one, one.learner(layer)) for one in passes}
@@ -127,9 +135,9 @@ def _look(
             projection(module, query.shape[1] * value.shape[-1]),
             block.inputs(block.running)[0],
         )
-        with stream.clock.phase("statistics"):
-            for one, learner in learners.values():
-                if prompt.kind in one.kinds:
+        for name, (one, learner) in learners.items():
+            if prompt.kind in one.kinds:
+                with clock.phase(name):
                     learner.see(attended)
 
     with stream.skeleton.observe_attention(see):

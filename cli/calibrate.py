@@ -102,6 +102,7 @@ def calibrate(
     """
     import time
 
+    from ..calibrate.stream import Clock
     from ..formats.calibration import Calibration, Journal, facts
     from ..formats.source import open_source
     from .base import check_device, check_dtype
@@ -119,7 +120,7 @@ def calibrate(
     source = open_source(model)
     folder = out or Path(f"{plain_name(source)}-acc-calibration")
     Journal.check(folder.absolute(), resume, overwrite)
-    layers = _show_layers(screen, source)
+    layers, phases = _show_layers(screen, source), {}
     started = time.monotonic()
     again = shlex.join(
         ["acc", "calibrate", *(w for w in context.meta["words"] if w not in ("--resume", "--overwrite"))]
@@ -135,13 +136,16 @@ def calibrate(
         settings = {name: one.model_dump() for name, one in chosen.items()}
         journal = Journal(folder.absolute(), _identity(source, settings, record), resume=resume, overwrite=overwrite)
         run = {"dtype": kind, "device": device, "spill": spill}
-        tensors, told = _learn(screen, source, chosen, prompts, journal, again, run)
+        clocked = Clock()
+        tensors, told = _learn(screen, source, chosen, prompts, journal, again, run | {"clock": clocked})
+        phases = {name: round(taken, 2) for name, taken in clocked.take().items() if name != "other"}
     calibration = Calibration(tensors, facts(_about(source), layers, told, record))
     pictures, why_none = draw(calibration)
     journal.close(calibration, pictures)
     seconds = time.monotonic() - started
     brief(screen, calibration)
-    screen.line(f"\n{folder}: {clock(seconds)}")
+    each = ", ".join(f"{name} {clock(taken)}" for name, taken in phases.items())
+    screen.line(f"\n{folder}: {clock(seconds)}{f' ({each})' if each else ''}")
     if pictures or why_none:
         screen.field("Pictures", ", ".join(pictures) or why_none)
     screen.next(f'acc generate {model} "..." --plan {folder}')
@@ -154,6 +158,7 @@ def calibrate(
             "data": record,
             "pictures": list(pictures),
             "seconds": round(seconds, 2),
+            "phases": phases,
         }
     )
 
