@@ -46,11 +46,11 @@ class Retrieval(Pass):
     sparsity: float = Field(0.5, ge=0, le=1, description="share of the KV heads that stream")
     sink: int = Field(64, ge=1, description="first tokens that a streaming head keeps, at most")
     recent: int = Field(256, ge=16, description="latest tokens that a streaming head keeps, at most")
-    steps: int = Field(32, ge=1, description="of the optimizer, a prompt each")
+    steps: int = Field(24, ge=1, description="of the optimizer, a prompt each")
     learning_rate: float = Field(0.1, gt=0, description="of the optimizer, in units of the gates' logits")
     hard: float = Field(0.25, ge=0, lt=1, description="share of the steps, at the end, with gates of 0 and 1")
     held_out: float = Field(0.25, ge=0, lt=1, description="share of the passkey prompts that measure, not train")
-    random: int = Field(2, ge=0, description="random choices of heads that are measured beside")
+    random: int = Field(1, ge=0, description="random choices of heads that are measured beside")
     keep_blocks: bool | None = Field(None, description="all blocks in memory at once; null: when they fit")
 
     def learner(self, layer: AttentionLayer) -> Evidence:
