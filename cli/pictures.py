@@ -162,7 +162,7 @@ def _channels(calibration: Calibration) -> Any:
     counts, recall, others = recall_curves(calibration)
     if recall is None:
         return None
-    figure = _figure(calibration, 6.0, 4.0, "recall of attention by 1/16 of the tokens")
+    figure = _figure(calibration, 7.5, 4.0, "recall of attention by 1/16 of the tokens")
     axes = figure.subplots()
     flat = recall.flatten(0, 1)
     low, high = (flat.quantile(share, 0).numpy() for share in (0.05, 0.95))
@@ -174,6 +174,7 @@ def _channels(calibration: Calibration) -> Any:
     axes.set_xticks(counts, [str(number) for number in counts])
     axes.set_ylim(top=1.02)
     _plain(axes, "channels", "recall, mean over KV heads")
+    axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return figure
 
 
