@@ -10,6 +10,7 @@ Rows with the same share of streaming heads, or the same mean cost in prefill, d
     one budget COST     every head reads the same share of columns and diagonals (as most of MInference's files have it)
     random kinds COST   a kind drawn for each head, at that cost
     retrieval SHARE     that share of the KV heads stream; random retrieval SHARE: heads drawn instead
+    retrieval SHARE, heads COST    the same, and the others' query heads read as in `heads COST`
     channels            decoding by labels; random channels: channels drawn instead
     whole plan          all of it, as `acc generate --plan` runs it
 
@@ -54,6 +55,7 @@ class Curves:
         self.recall, self.error, self.cost = (
             of[f"curve_{one}"][self.layers].double().flatten(0, 1) for one in ("recall", "error", "cost")
         )  # [n, K, N]
+        self.paid: Tensor | None = None  # [n], what the last search pays for each head at the greatest length
 
     def families(self) -> dict[tuple[int, float], list[int]]:
         """Candidates of a kind that differ in their size alone, small ones first."""
@@ -95,6 +97,7 @@ class Curves:
         choice = assign(self.kind, self.error, self.cost, allowed, limit)  # [n, N]
         n, last = torch.arange(len(choice)), torch.arange(choice.shape[1])
         recall = self.recall[n[:, None], choice, last]
+        self.paid = self.cost[n[:, None], choice, last][:, -1]
         return self.plan(self.kind[choice[:, 0]], self.share[choice]), float(recall[:, -1].mean())
 
     def each_head(self, cost: float) -> tuple[Calibration, float]:
@@ -196,10 +199,31 @@ class Bench:
         return row
 
 
-def rows(calibration: Calibration, costs: list[float], shares: list[float]) -> dict[str, Callable[[], Any]]:
+def prefill_cost(plan: AttentionPlan | None, paid: Tensor | None, tokens: int) -> float:
+    """Query-key products of a prompt of so many tokens, of those of dense attention: mean over all query heads. `paid
+    [n]` is what each costs that follows a pattern; None: dense."""
+    if plan is None:
+        return 1.0
+    whole, found = tokens * (tokens + 1) / 2, []
+    for index, layer in enumerate(plan.layers):
+        if layer is None:
+            found += [1.0] * plan.layout[index].heads
+            continue
+        heads = [1.0] * layer.heads if paid is None or layer.patterns is None else paid[len(found) :][: layer.heads]
+        each = [float(cost) for cost in heads]
+        for one, sink, recent in zip(layer.streams, layer.sink.tolist(), layer.recent.tolist()):
+            seen = min(sink + recent, tokens)
+            for query in layer.query_heads([one]):
+                each[query] = (seen * (seen + 1) / 2 + (tokens - seen) * seen) / whole
+        found += each
+    return sum(found) / len(found)
+
+
+def rows(
+    calibration: Calibration, curves: Curves, costs: list[float], shares: list[float]
+) -> dict[str, Callable[[], Any]]:
     """`{name: () -> (plan, recall or None, whether prefill is concerned)}`."""
     made: dict[str, Callable[[], Any]] = {"dense": lambda: (None, None, True)}
-    curves = Curves(calibration)
     ways = {
         "heads": curves.searched,
         "each head": curves.each_head,
@@ -221,6 +245,16 @@ def rows(calibration: Calibration, costs: list[float], shares: list[float]) -> d
                 return AttentionPlan.of(ranked, use=("retrieval",), sparsity=share), None, True
 
             made[f"{name} {share:g}"] = retrieval
+        for cost in costs:
+
+            def both(share: float = share, cost: float = cost) -> Any:
+                return (
+                    AttentionPlan.of(curves.searched(cost)[0], use=("heads", "retrieval"), sparsity=share),
+                    None,
+                    True,
+                )
+
+            made[f"retrieval {share:g}, heads {cost:g}"] = both
     made["channels"] = lambda: (AttentionPlan.of(calibration, use=("channels",)), None, False)
     made["random channels"] = lambda: (AttentionPlan.of(drawn_channels(calibration), use=("channels",)), None, False)
     made["whole plan"] = lambda: (AttentionPlan.of(calibration), None, True)
@@ -242,7 +276,8 @@ def main() -> None:
     found = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
     done = found.get("rows", {})
     calibration = Calibration.load(arguments.calibration)
-    made = rows(calibration, arguments.costs, arguments.shares)
+    curves = Curves(calibration)
+    made = rows(calibration, curves, arguments.costs, arguments.shares)
     wanted = [name for name in arguments.rows or made if name not in done]
     if unknown := [name for name in wanted if name not in made]:
         sys.exit(f"there is no row {unknown[0]!r}; there is {', '.join(made)}")
@@ -253,6 +288,8 @@ def main() -> None:
         print(name, flush=True)
         plan, recall, prefill = made[name]()
         row = {} if recall is None else {"recall": recall}
+        if name.startswith(("dense", "heads", "retrieval", "random retrieval")):
+            row["prefill_cost"] = prefill_cost(plan, curves.paid, arguments.window)
         row |= bench.perplexity(plan) if prefill else {}
         done[name] = row | bench.passkeys(plan)
         settings = {one: getattr(arguments, one) for one in ("window", "windows", "passkeys", "seqlen")}
