@@ -185,6 +185,23 @@ def assign(kind: Tensor, loss: Tensor, cost: Tensor, allowed: Tensor, limit: Ten
     return choice
 
 
+def choose(kind: Tensor, loss: Tensor, cost: Tensor, allowed: Tensor, share: float) -> tuple[Tensor, Tensor]:
+    """Which candidate each head gets at each length, `[n, N]`, at the mean cost `share`; and the least cost at each
+    length `[N]`, which is the limit where it is more than that. Shapes and errors as of `assign`.
+
+    Kinds are those that lose least at the greatest length, for which sparse attention is meant: in short prompts the
+    least budgets of some kinds cost much, and to keep to the limit there would take those kinds away from all prompts
+    (measured on SmolLM2-135M: 0.905 instead of 0.957 of the attention kept at 4096 tokens).
+    """
+    slack = 1 + 1e-6
+    longest = [x[..., -1:] for x in (loss, cost, allowed)]
+    limit = least_cost(kind, longest[1], longest[2]).mul(slack).clamp(min=share)
+    best = assign(kind, *longest, limit)  # [n, 1]
+    allowed = allowed & (kind == kind[best])[..., None]
+    least = least_cost(kind, cost, allowed)
+    return assign(kind, loss, cost, allowed, least.mul(slack).clamp(min=share)), least
+
+
 def _dominated(kind: Tensor, loss: Tensor, cost: Tensor, allowed: Tensor) -> Tensor:
     """bool `[n, K, N]`: where another candidate of the kind loses no more and costs no more (of equals, the first)."""
     found = torch.zeros_like(allowed)

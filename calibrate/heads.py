@@ -14,7 +14,7 @@ from ..formats.patterns import ADAPTIVE_FLOOR, KINDS, Estimate, budget_at, dense
 from ..kernels.attention_index import adaptive_index, cost
 from .attention import of_layers
 from .base import Attended, Learned, Learner, Pass, Subject
-from .head_search import assign, candidates, least_cost, margins, score, scored_blocks
+from .head_search import candidates, choose, margins, score, scored_blocks
 
 SHORTEST = 512  # tokens: shorter prompts say little of long ones, and count only where there are no others
 LEAST = 128  # tokens: 64 rows to estimate from, and 64 to score
@@ -28,9 +28,9 @@ class Heads(Pass):
     A head that attends to first and recent tokens, to few columns and diagonals, or to few blocks needs few of the
     keys of a long prompt. Candidates of every kind are built by the runtime's own estimator and builder, from the last
     64 rows of a prompt, and scored on other rows, at several lengths: by the attention kept and by the error of the
-    layer's output. One integer program gives all heads of the model the candidates that lose least together, at
-    `cost` of dense attention. Budgets are stored as shares of the context, for each length. For FlexPrefill's online
-    budgets the least gamma that keeps `gamma_recall` of the attention is found as well.
+    layer's output. An integer program gives all heads of the model the candidates that lose least together, at `cost`
+    of dense attention: kinds at the greatest length, budgets at each, stored as shares of the context. For FlexPrefill's
+    online budgets the least gamma that keeps `gamma_recall` of the attention is found as well.
 
     Jiang et al., MInference 1.0 (arXiv 2407.02490), section 3.2; Lai et al., FlexPrefill (arXiv 2502.20766).
     Limits: losses of heads are added as if they were independent; in short prompts even the least budgets cost much.
@@ -39,7 +39,9 @@ class Heads(Pass):
     kinds: ClassVar[tuple[str, ...]] = ("text", "passkey")
 
     cost: float = Field(0.25, gt=0, le=1, description="query-key products, of those of dense causal attention")
-    objective: Literal["error", "recall"] = Field("error", description="what is lost: output error, or attention")
+    objective: Literal["error", "squares", "recall"] = Field(
+        "error", description="what is lost: output error, its square, or attention"
+    )
     minimum_recall: float = Field(0.0, ge=0, le=1, description="attention that every pattern keeps, else dense")
     levels: int = Field(5, ge=1, le=8, description="budgets that are tried: 1/2, 1/4, ... of the context")
     gamma_recall: float = Field(0.9, gt=0, lt=1, description="attention that online budgets keep on average")
@@ -57,15 +59,13 @@ class Heads(Pass):
         layers = sorted(found)
         recall, error, costs = (torch.cat([means[i][n] for i in layers]) for n in ("recall", "error", "cost"))
         allowed = (recall >= self.minimum_recall) | (kind == 0)[:, None]
-        loss = error if self.objective == "error" else (1 - recall).clamp(min=0)
-        least = least_cost(kind, costs, allowed)
-        limit = least.mul(1 + 1e-6).clamp(min=self.cost)
+        loss = {"error": error.sqrt(), "squares": error, "recall": (1 - recall).clamp(min=0)}[self.objective]
+        choice, least = choose(kind, loss, costs, allowed, self.cost)
         events = [
             f"{n} tokens: the least budgets cost {low:.2f} of dense attention, more than {self.cost:g}"
             for n, low in zip(length.tolist(), least.tolist(), strict=True)
             if low > self.cost
         ]
-        choice = assign(kind, loss, costs, allowed, limit)
         at = (torch.arange(len(choice))[:, None], choice, torch.arange(len(length)))
         tokens = torch.stack([budget_at(length[:1], share[:, None], n) for n in length.tolist()], 1)  # [K, N, 2]
         chosen = {

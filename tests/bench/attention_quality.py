@@ -5,7 +5,8 @@
 
 Rows with the same share of streaming heads, or the same mean cost in prefill, differ only in which heads get what:
 
-    heads COST          the calibration's own search, at that share of the query-key products of dense attention
+    heads COST          the calibration's own search, at that share of the query-key products of dense attention;
+                        heads by recall COST, heads by squares COST: the same for another objective
     each head COST      every head by itself gets that cost, and the kind that keeps most attention (MInference's paper)
     one budget COST     every head reads the same share of columns and diagonals (as most of MInference's files have it)
     random kinds COST   a kind drawn for each head, at that cost
@@ -24,6 +25,7 @@ import json
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +34,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent))
 from acc.calibrate.evaluate import evaluate, windows
-from acc.calibrate.head_search import assign, least_cost
+from acc.calibrate.head_search import choose
 from acc.calibrate.passkeys import passkeys, prompts_of
 from acc.calibrate.stream import Stream
 from acc.calibrate.text import load_tokens
@@ -90,11 +92,11 @@ class Curves:
         budgets[self.layers] = budget.view(-1, heads, *budget.shape[1:]).to(budgets.dtype)
         return replace(self.calibration, tensors=tensors | {"heads.kind": kinds, "heads.budget": budgets})
 
-    def searched(self, cost: float) -> tuple[Calibration, float]:
+    def searched(self, cost: float, objective: str = "error") -> tuple[Calibration, float]:
         """As the pass would have it at another cost."""
+        loss = {"error": self.error.sqrt(), "squares": self.error, "recall": 1 - self.recall}[objective].clamp(min=0)
         allowed = torch.ones_like(self.cost, dtype=torch.bool)
-        limit = least_cost(self.kind, self.cost, allowed).mul(1 + 1e-6).clamp(min=cost)
-        choice = assign(self.kind, self.error, self.cost, allowed, limit)  # [n, N]
+        choice, _ = choose(self.kind, loss, self.cost, allowed, cost)  # [n, N]
         n, last = torch.arange(len(choice)), torch.arange(choice.shape[1])
         recall = self.recall[n[:, None], choice, last]
         self.paid = self.cost[n[:, None], choice, last][:, -1]
@@ -226,6 +228,8 @@ def rows(
     made: dict[str, Callable[[], Any]] = {"dense": lambda: (None, None, True)}
     ways = {
         "heads": curves.searched,
+        "heads by recall": partial(curves.searched, objective="recall"),
+        "heads by squares": partial(curves.searched, objective="squares"),
         "each head": curves.each_head,
         "one budget": curves.one_budget,
         "random kinds": curves.random_kinds,

@@ -141,7 +141,7 @@ def planted(tokens=1024):
     return attended(tokens, query=24 * query, key=key.expand(4, -1, -1))
 
 
-@pytest.mark.parametrize("objective", ["error", "recall"])
+@pytest.mark.parametrize("objective", ["error", "squares", "recall"])
 def test_planted_heads_get_their_kinds(objective):
     learned = concluded([planted()], cost=0.6, objective=objective)
     assert learned.tensors["kind"][0, :3].tolist() == [STREAMING, VERTICAL_SLASH, BLOCKS]
