@@ -29,8 +29,8 @@ class Heads(Pass):
     keys of a long prompt. Candidates of every kind are built by the runtime's own estimator and builder, from the last
     64 rows of a prompt, and scored on other rows, at several lengths: by the attention kept and by the error of the
     layer's output. An integer program gives all heads of the model the candidates that lose least together, at `cost`
-    of dense attention: kinds at the greatest length, budgets at each, stored as shares of the context. For FlexPrefill's
-    online budgets the least gamma that keeps `gamma_recall` of the attention is found as well.
+    of dense attention: kinds at the greatest length, budgets at each, stored as shares of the context. For online
+    budgets (FlexPrefill) the least gamma that keeps `gamma_recall` of the attention is found as well.
 
     Jiang et al., MInference 1.0 (arXiv 2407.02490), section 3.2; Lai et al., FlexPrefill (arXiv 2502.20766).
     Limits: losses of heads are added as if they were independent; in short prompts even the least budgets cost much.
