@@ -6,12 +6,13 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from scipy.optimize import Bounds, LinearConstraint, milp
+from scipy.optimize import Bounds, LinearConstraint
 from scipy.sparse import coo_array
 from torch import Tensor
 
 from ..formats.patterns import BLOCK, BLOCKS, DENSE, STREAMING, VERTICAL_SLASH
 from ..kernels.attention_index import Index
+from .program import milp
 
 ROW_BLOCKS = 8  # blocks of rows that are scored of a prompt, evenly spaced; those with answers besides
 STRIDE = 4  # of a block's rows every so many are scored: neighbours lose alike

@@ -10,10 +10,11 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from scipy.optimize import Bounds, LinearConstraint, milp
+from scipy.optimize import Bounds, LinearConstraint
 from scipy.sparse import csr_array
 from torch import Tensor, nn
 
+from ..calibrate.program import milp
 from ..calibrate.stream import Block, Statistics, Stream
 from ..formats.base import PackedWeight
 from ..formats.model import Matrix
