@@ -79,7 +79,7 @@ def calibrate(
         list[str] | None,
         typer.Option(help="text: file, folder, .jsonl, hf:NAME, or self; may be given again, for a domain each"),
     ] = None,
-    nsamples: Annotated[int, typer.Option(min=1, help="prompts of each kind, length and domain")] = 4,
+    nsamples: Annotated[int, typer.Option(min=1, help="prompts of each kind, length and domain")] = 2,
     seqlen: Annotated[
         int | None, typer.Option(min=64, help="tokens of the longest prompts; default: 4096, of self 2048")
     ] = None,
