@@ -42,7 +42,7 @@ class Heads(Pass):
     objective: Literal["error", "squares", "recall"] = Field(
         "error", description="what is lost: output error, its square, or attention"
     )
-    minimum_recall: float = Field(0.0, ge=0, le=1, description="attention that every pattern keeps, else dense")
+    minimum_recall: float = Field(0.8, ge=0, le=1, description="attention that every pattern keeps, else dense")
     levels: int = Field(5, ge=1, le=8, description="budgets that are tried: 1/2, 1/4, ... of the context")
     gamma_recall: float = Field(0.9, gt=0, lt=1, description="attention that online budgets keep on average")
 

@@ -35,6 +35,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parent))
 from acc.calibrate.evaluate import evaluate, windows
 from acc.calibrate.head_search import choose
+from acc.calibrate.heads import Heads
 from acc.calibrate.passkeys import passkeys, prompts_of
 from acc.calibrate.stream import Stream
 from acc.calibrate.text import load_tokens
@@ -95,7 +96,7 @@ class Curves:
     def searched(self, cost: float, objective: str = "error") -> tuple[Calibration, float]:
         """As the pass would have it at another cost."""
         loss = {"error": self.error.sqrt(), "squares": self.error, "recall": 1 - self.recall}[objective].clamp(min=0)
-        allowed = torch.ones_like(self.cost, dtype=torch.bool)
+        allowed = (self.recall >= Heads().minimum_recall) | (self.kind == DENSE)[:, None]
         choice, _ = choose(self.kind, loss, self.cost, allowed, cost)  # [n, N]
         n, last = torch.arange(len(choice)), torch.arange(choice.shape[1])
         recall = self.recall[n[:, None], choice, last]

@@ -9,6 +9,7 @@ from acc.calibrate.base import Attended, Subject
 from acc.calibrate.head_search import (
     assign,
     candidates,
+    choose,
     coverage,
     least_cost,
     margins,
@@ -171,7 +172,7 @@ def test_more_budget_never_keeps_less():
 
 def test_what_is_stored_is_what_runs():
     seen = [attended(n, seed=n) for n in (640, 1280)]
-    learned = concluded(seen, cost=0.5)
+    learned = concluded(seen, cost=0.5, minimum_recall=0)
     t = learned.tensors
     assert t["length"].tolist() == [640, 1280]
     assert not learned.events
@@ -274,6 +275,19 @@ def test_the_program_finds_the_optimum(seed):
         if all(mean <= float(most) for mean, most in zip(means, limit, strict=True))
     )
     assert float(loss[at].sum()) == pytest.approx(best, abs=1e-3)
+
+
+def test_kinds_are_those_of_the_greatest_length_and_are_allowed_at_all():
+    """A head, two kinds besides dense: the first is best at the greatest length, the second at the least."""
+    kind = torch.tensor([0, 1, 2], dtype=torch.uint8)
+    loss = torch.tensor([[[0.0, 0.0], [5.0, 1.0], [1.0, 2.0]]])
+    cost = torch.tensor([[[1.0, 1.0], [0.5, 0.2], [0.2, 0.2]]])
+    allowed = torch.ones_like(loss, dtype=torch.bool)
+    choice, least = choose(kind, loss, cost, allowed, 0.2)
+    assert choice.tolist() == [[1, 1]]
+    torch.testing.assert_close(least, torch.tensor([0.5, 0.2]))
+    allowed[0, 1, 0] = False
+    assert choose(kind, loss, cost, allowed, 0.2)[0].tolist() == [[2, 2]]
 
 
 def test_a_limit_below_all_assignments_is_refused():
