@@ -197,7 +197,8 @@ def choose(kind: Tensor, loss: Tensor, cost: Tensor, allowed: Tensor, share: flo
     slack = 1 + 1e-6
     everywhere = [(allowed & (kind == one)[:, None]).any(1).all(-1) for one in kind.tolist()]  # of each kind, [n]
     possible = allowed & torch.stack(everywhere, 1)[..., None]
-    longest = [x[..., -1:] for x in (loss, cost, possible)]
+    last = slice(-1, None)
+    longest = loss[..., last], cost[..., last], possible[..., last]
     limit = least_cost(kind, longest[1], longest[2]).mul(slack).clamp(min=share)
     best = assign(kind, *longest, limit)  # [n, 1]
     allowed = allowed & (kind == kind[best])[..., None]
