@@ -12,21 +12,21 @@ import triton.language as tl
 from torch import Tensor
 
 from .attention_sparse import BLOCK
-from .attention_tile_triton import LOG2_E, attend, check, load_rows, refuses, sizes, strided
+from .attention_tile_triton import LOG2_E, attend, begin, check, finish, refuses, sizes, strided
 
 __all__ = ["attention_sparse", "refuses"]
 
 
 @triton.jit
 def walk_ranges(
-    b_q, b_max, b_sum, b_acc, p_k, p_v, stride_k, stride_v, p_offset, begin, end, o_position, S, scale,
+    b_q, b_max, b_sum, b_acc, p_k, p_v, stride_k, stride_v, p_offset, start, stop, o_position, S, scale,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_N: tl.constexpr,
     RANGE: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """The ranges from number `begin` to before `end`; unless `MASKED`, every row sees all of them."""
+    """The ranges from number `start` to before `stop`; unless `MASKED`, every row sees all of them."""
     o_n = tl.arange(0, BLOCK_N)
     STEPS: tl.constexpr = RANGE // BLOCK_N
-    for i in range(begin * STEPS, end * STEPS):
+    for i in range(start * STEPS, stop * STEPS):
         first = tl.load(p_offset + i // STEPS) + i % STEPS * BLOCK_N
         o_key = first + o_n
         m_key = (o_key >= 0) & (o_key < S)
@@ -49,17 +49,11 @@ def sparse_kernel(
 ):  # fmt: skip
     """`BLOCK_M` of the `RANGE` rows that share an index, of one head of one sequence."""
     first_row = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M  # the last rows, which have most to do, first
+    o_position, b_q, p_k, p_v, b_max, b_sum, b_acc = begin(
+        q, k, v, T, S, first_row, stride_qb, stride_qh, stride_q, stride_kb, stride_kh, stride_vb, stride_vh,
+        GROUP, D, BLOCK_D, BLOCK_V, BLOCK_M, DTYPE,
+    )  # fmt: skip
     i_head, i_batch = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
-    i_key_head = i_head // GROUP
-    o_row = first_row + tl.arange(0, BLOCK_M)
-    o_position = tl.minimum(S - T + o_row, S - 1)  # rows past the last see what it sees
-    p_q = q + i_batch * stride_qb + i_head * stride_qh + o_row.to(tl.int64)[:, None] * stride_q
-    b_q = load_rows(p_q, o_row < T, D, BLOCK_D, True).to(DTYPE)
-    p_k = k + i_batch * stride_kb + i_key_head * stride_kh
-    p_v = v + i_batch * stride_vb + i_key_head * stride_vh
-    b_max = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-    b_sum = tl.zeros((BLOCK_M,), tl.float32)
-    b_acc = tl.zeros((BLOCK_M, BLOCK_V), tl.float32)
     i_index = (i_batch * tl.num_programs(1) + i_head) * R + first_row // RANGE
     ranges = tl.load(block_count + i_index)
     p_offset = block_offset + i_index * NB
@@ -90,10 +84,7 @@ def sparse_kernel(
             b_q, b_max, b_sum, b_acc, p_k + o_key * stride_k, p_v + o_key * stride_v, m_key, m_pair, scale,
             D, DV, BLOCK_D, BLOCK_V, DTYPE, PRECISION, True,
         )  # fmt: skip
-    o_v = tl.arange(0, BLOCK_V)[None, :]
-    p_out = out + ((i_batch * tl.num_programs(1) + i_head) * T + o_row.to(tl.int64))[:, None] * DV + o_v
-    m_out = (o_row < T)[:, None] & (o_v < DV)
-    tl.store(p_out, (b_acc / b_sum[:, None]).to(out.dtype.element_ty), mask=m_out)
+    finish(out, b_sum, b_acc, T, first_row, DV, BLOCK_V, BLOCK_M)
 
 
 @torch.library.custom_op("acc::attention_sparse", mutates_args=())

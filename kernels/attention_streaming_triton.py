@@ -11,22 +11,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .attention_tile_triton import LOG2_E, attend, check, load_rows, refuses, sizes, strided
+from .attention_tile_triton import LOG2_E, attend, begin, check, finish, refuses, sizes, strided
 
 __all__ = ["attention_streaming", "refuses"]
 
 
 @triton.jit
 def walk(
-    b_q, b_max, b_sum, b_acc, p_k, p_v, stride_k, stride_v, begin, end, o_position, sink, recent, S, scale,
+    b_q, b_max, b_sum, b_acc, p_k, p_v, stride_k, stride_v, start, stop, o_position, sink, recent, S, scale,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_N: tl.constexpr,
     DTYPE: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Tiles of keys from `begin` to before `end`; unless `MASKED`, every row sees all of them."""
+    """Tiles of keys from `start` to before `stop`; unless `MASKED`, every row sees all of them."""
     o_n = tl.arange(0, BLOCK_N)
-    for first in range(begin, end, BLOCK_N):
+    for first in range(start, stop, BLOCK_N):
         o_key = first + o_n
-        m_key = o_key < tl.minimum(end, S)
+        m_key = o_key < tl.minimum(stop, S)
         o_distance = o_position[:, None] - o_key[None, :]  # [BM, BN]
         m_pair = (o_distance >= 0) & ((o_distance < recent) | (o_key < sink)[None, :]) & m_key[None, :]
         p_k_tile = p_k + tl.cast(first, tl.int64) * stride_k + o_n[:, None] * stride_k
@@ -47,18 +47,12 @@ def streaming_kernel(
 ):  # fmt: skip
     """`BLOCK_M` rows of one head of one sequence."""
     first_row = tl.program_id(0) * BLOCK_M
-    i_head, i_batch = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
-    i_key_head = i_head // GROUP
+    i_key_head = tl.program_id(1) // GROUP
     sink, recent = tl.load(sinks + i_key_head), tl.minimum(tl.load(recents + i_key_head), S)
-    o_row = first_row + tl.arange(0, BLOCK_M)
-    o_position = tl.minimum(S - T + o_row, S - 1)  # rows past the last see what it sees
-    p_q = q + i_batch * stride_qb + i_head * stride_qh + o_row.to(tl.int64)[:, None] * stride_q
-    b_q = load_rows(p_q, o_row < T, D, BLOCK_D, True).to(DTYPE)
-    p_k = k + i_batch * stride_kb + i_key_head * stride_kh
-    p_v = v + i_batch * stride_vb + i_key_head * stride_vh
-    b_max = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-    b_sum = tl.zeros((BLOCK_M,), tl.float32)
-    b_acc = tl.zeros((BLOCK_M, BLOCK_V), tl.float32)
+    o_position, b_q, p_k, p_v, b_max, b_sum, b_acc = begin(
+        q, k, v, T, S, first_row, stride_qb, stride_qh, stride_q, stride_kb, stride_kh, stride_vb, stride_vh,
+        GROUP, D, BLOCK_D, BLOCK_V, BLOCK_M, DTYPE,
+    )  # fmt: skip
     # in whole tiles: [left, inside) some rows see in part, [inside, diagonal) all rows see, [diagonal, last] again not
     position = S - T + first_row
     last = tl.minimum(position + BLOCK_M, S)
@@ -81,10 +75,7 @@ def streaming_kernel(
         b_q, b_max, b_sum, b_acc, p_k, p_v, stride_k, stride_v, diagonal, last, o_position, sink, recent, S,
         scale, D, DV, BLOCK_D, BLOCK_V, BLOCK_N, DTYPE, PRECISION, True,
     )  # fmt: skip
-    o_v = tl.arange(0, BLOCK_V)[None, :]
-    p_out = out + ((i_batch * tl.num_programs(1) + i_head) * T + o_row.to(tl.int64))[:, None] * DV + o_v
-    m_out = (o_row < T)[:, None] & (o_v < DV)
-    tl.store(p_out, (b_acc / b_sum[:, None]).to(out.dtype.element_ty), mask=m_out)
+    finish(out, b_sum, b_acc, T, first_row, DV, BLOCK_V, BLOCK_M)
 
 
 @torch.library.custom_op("acc::attention_streaming", mutates_args=())

@@ -42,6 +42,41 @@ def load_rows(p_rows, m_rows, WIDTH: tl.constexpr, BLOCK_W: tl.constexpr, MASKED
 
 
 @triton.jit
+def begin(
+    q, k, v, T, S, first_row, stride_qb, stride_qh, stride_q, stride_kb, stride_kh, stride_vb, stride_vh,
+    GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_M: tl.constexpr,
+    DTYPE: tl.constexpr,
+):  # fmt: skip
+    """`BLOCK_M` rows of this program's head and sequence: their positions `[BM]`, their queries, where the keys and
+    values of their head begin, and a running softmax that has seen nothing."""
+    i_head, i_batch = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    i_key_head = i_head // GROUP
+    o_row = first_row + tl.arange(0, BLOCK_M)
+    o_position = tl.minimum(S - T + o_row, S - 1)  # rows past the last see what it sees
+    p_q = q + i_batch * stride_qb + i_head * stride_qh + o_row.to(tl.int64)[:, None] * stride_q
+    b_q = load_rows(p_q, o_row < T, D, BLOCK_D, True).to(DTYPE)
+    p_k = k + i_batch * stride_kb + i_key_head * stride_kh
+    p_v = v + i_batch * stride_vb + i_key_head * stride_vh
+    b_max = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    b_sum = tl.zeros((BLOCK_M,), tl.float32)
+    b_acc = tl.zeros((BLOCK_M, BLOCK_V), tl.float32)
+    return o_position, b_q, p_k, p_v, b_max, b_sum, b_acc
+
+
+@triton.jit
+def finish(
+    out, b_sum, b_acc, T, first_row, DV: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_M: tl.constexpr
+):  # fmt: skip
+    """Stores the rows that `begin` took."""
+    i_head, i_batch = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    o_row = first_row + tl.arange(0, BLOCK_M)
+    o_v = tl.arange(0, BLOCK_V)[None, :]
+    p_out = out + ((i_batch * tl.num_programs(1) + i_head) * T + o_row.to(tl.int64))[:, None] * DV + o_v
+    m_out = (o_row < T)[:, None] & (o_v < DV)
+    tl.store(p_out, (b_acc / b_sum[:, None]).to(out.dtype.element_ty), mask=m_out)
+
+
+@triton.jit
 def attend(
     b_q, b_max, b_sum, b_acc, p_k, p_v, m_key, m_pair, scale,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
