@@ -18,7 +18,8 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from .manifest import MANIFEST, differences, libraries, read_manifest, write_down
+from .manifest import MANIFEST, differences, libraries, write_down
+from .partial import LOCK, check_out, clear, lock, partial_of, publish, sync_folder
 from .safefile import Shards, confined, read_header, read_json
 
 TENSORS, FACTS = "calibration.safetensors", "calibration.json"
@@ -79,28 +80,16 @@ class Journal:
         """Raises ValueError when `out` or its work folder is there and neither `resume` nor `overwrite` covers it, or
         when a resumed run differs, naming the differing keys."""
         self.out, self.identity = out, json.loads(json.dumps(identity))
-        self.partial = out.with_name(out.name + ".partial")
-        self.check(out, resume, overwrite)
-        if resume and self.partial.exists():
-            before = read_json(self.partial / "identity.json")
-            if keys := differences(before, self.identity):
+        self.partial, self.folder = partial_of(out), partial_of(out) / "folder"
+        check_out(out, resume=resume, overwrite=overwrite)
+        self.lock = lock(self.partial)
+        told = self.partial / "identity.json"
+        if resume and told.exists():
+            if keys := differences(read_json(told), self.identity):
                 raise ValueError(f"{self.partial}: cannot go on, the run differs: {'; '.join(keys[:3])}")
-        if not (resume and self.partial.exists()):
-            shutil.rmtree(self.partial, ignore_errors=True)
-            self.partial.mkdir(parents=True)
-            self._put(self.partial / "identity.json", json.dumps(self.identity, indent=1).encode())
-
-    @staticmethod
-    def check(out: Path, resume: bool = False, overwrite: bool = False) -> None:
-        """Raises ValueError when `out` or its work folder is there and neither `resume` nor `overwrite` covers it."""
-        if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-            if not overwrite:
-                raise ValueError(f"{out}: exists; choose another name, or replace it with --overwrite")
-            if read_manifest(out) is None:
-                raise ValueError(f"{out}: exists and acc did not make it; choose another name or move it away")
-        partial = out.with_name(out.name + ".partial")
-        if partial.exists() and not (resume or overwrite):
-            raise ValueError(f"{partial}: a run was stopped; go on with --resume, or begin anew with --overwrite")
+        else:
+            clear(self.partial, keep={LOCK})
+            self._put(told, json.dumps(self.identity, indent=1).encode())
 
     def done(self, layer: int) -> bool:
         return self._file(layer).exists()
@@ -122,17 +111,13 @@ class Journal:
 
     def close(self, calibration: Calibration, papers: Mapping[str, bytes]) -> Path:
         """Writes everything and makes it appear as `out`."""
-        work = self.partial / "folder"
-        shutil.rmtree(work, ignore_errors=True)
-        work.mkdir()
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self.folder.mkdir()
         for name, raw in {**calibration.texts(), **papers}.items():
-            self._put(work / name, raw)
-        manifest = write_down(work, {}, self.identity, None)
-        self._put(work / MANIFEST, (json.dumps(manifest, indent=1) + "\n").encode())
-        if self.out.exists():
-            shutil.rmtree(self.out)
-        work.rename(self.out)
-        shutil.rmtree(self.partial)
+            self._put(self.folder / name, raw)
+        manifest = write_down(self.folder, {}, self.identity, None)
+        self._put(self.folder / MANIFEST, (json.dumps(manifest, indent=1) + "\n").encode())
+        publish(self.folder, self.out, self.lock)
         return self.out
 
     def _file(self, layer: int) -> Path:
@@ -150,6 +135,7 @@ class Journal:
             work.unlink(missing_ok=True)
             raise OSError(f"{path}: {error.strerror}; make room and run the same command with --resume") from None
         work.replace(path)
+        sync_folder(path.parent)
 
 
 def _check_facts(folder: Path, facts: Mapping[str, Any]) -> None:

@@ -10,7 +10,7 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -18,12 +18,8 @@ from torch import Tensor
 
 from .ledger import Ledger
 from .manifest import FORMAT_VERSION, MANIFEST, TIMING, differences, read_manifest, sha256, verify_folder, write_down
+from .partial import LOCK, check_out, clear, lock, partial_of, publish, sync, sync_folder
 from .safefile import INDEX, Shards, read_header
-
-try:
-    import fcntl
-except ImportError:  # not a POSIX system: there two runs on one folder are not told apart
-    fcntl = None
 
 __all__ = ["Ledger", "Store", "verify_folder"]
 
@@ -43,10 +39,11 @@ class Store:
 
     def __init__(self, out: Path, identity: dict[str, Any], units: list[str]):
         self.out, self.identity, self.units = out, identity, units
-        self.partial = out.with_name(out.name + ".partial")
+        self.partial = partial_of(out)
         self.folder, self.journal = self.partial / "folder", self.partial / "journal.jsonl"
         self.lines: dict[str, dict[str, Any]] = {}  # unit -> its line of the journal
         self.events: list[str] = []  # what resuming found, for the user
+        self.lock: IO[Any] | None = None  # held while the work folder is this run's
         self.complete = False  # `out` is already what this run would make
 
     @classmethod
@@ -70,9 +67,9 @@ class Store:
         if resume and store._already_made():
             store.complete = True
             return store
-        store._check_out(resume, overwrite)
+        check_out(store.out, resume=resume, overwrite=overwrite)
         store._check_space(needed_bytes, resume)
-        store._lock()
+        store.lock = lock(store.partial)
         if not (resume and store._resume()):
             store._start()
         return store
@@ -159,7 +156,7 @@ class Store:
             manifest = write_down(self.folder, last, self.identity, _plain(fingerprint))
             self._put(MANIFEST, _bytes(_pretty(manifest)))
             self._put("config.json", last["config.json"])
-            self._publish()
+            publish(self.folder, self.out, self.lock)
         return self.out
 
     def _texts(self, config: dict[str, Any], weight_map: dict[str, str]) -> dict[str, str | bytes]:
@@ -183,20 +180,6 @@ class Store:
             TIMING: "".join(f"{_line(record)}\n" for record in timing),
         }
 
-    def _publish(self) -> None:
-        """The rename. A folder that is overwritten is moved aside first and removed last."""
-        for folder in (path for path in self.folder.rglob("*") if path.is_dir()):
-            _sync_folder(folder)
-        _sync_folder(self.folder)
-        if self.out.exists():
-            old = self.partial / "old"
-            shutil.rmtree(old, ignore_errors=True)
-            self.out.rename(old)
-        self.folder.rename(self.out)
-        _sync_folder(self.out.parent)
-        self.lock.close()
-        shutil.rmtree(self.partial)
-
     def _write_shard(self, name: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
         whole, seen = {}, set()
         for key, tensor in sorted(tensors.items()):
@@ -215,16 +198,16 @@ class Store:
                 full = "os error 28" in str(error) or "No space left" in str(error)
                 raise OSError(errno.ENOSPC if full else errno.EIO, str(error)) from None
             work.chmod(mode & 0o777)
-            _sync(work)
+            sync(work)
             work.replace(path)
-            _sync_folder(self.folder)
+            sync_folder(self.folder)
         return {"sha256": sha256(path), "size": path.stat().st_size, "bytes": nbytes}
 
     def _put(self, name: str, raw: bytes) -> None:
         path = self.folder / name
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(raw)
-        _sync(path)
+        sync(path)
 
     def _append(self, line: dict[str, Any]) -> None:
         """Adds a line to the journal; what does not fit is cut off again, so that the next line starts clean."""
@@ -263,24 +246,12 @@ class Store:
         shutil.rmtree(self.partial, ignore_errors=True)
         return True
 
-    @classmethod
-    def check(cls, out: Path | str, *, resume: bool = False, overwrite: bool = False) -> None:
+    @staticmethod
+    def check(out: Path | str, *, resume: bool = False, overwrite: bool = False) -> None:
         """Raises what `create` would raise about what is there already, before any work is done; touches nothing."""
-        store = cls(Path(os.path.abspath(Path(out).expanduser())), {}, [])
-        if not (resume and read_manifest(store.out) is not None):
-            store._check_out(resume, overwrite)
-
-    def _check_out(self, resume: bool, overwrite: bool) -> None:
-        out = self.out
-        if os.path.lexists(out) and not (out.is_dir() and not any(out.iterdir())):
-            if not out.is_dir() or read_manifest(out) is None:
-                raise ValueError(f"{out}: exists and was not made by acc; choose another name or move it away")
-            if not overwrite:
-                raise ValueError(f"{out}: exists; choose another name, or replace it with --overwrite")
-        if self.partial.exists() and not (resume or overwrite):
-            raise ValueError(
-                f"{self.partial}: an unfinished run; continue it with --resume, or start anew with --overwrite"
-            )
+        folder = Path(os.path.abspath(Path(out).expanduser()))
+        if not (resume and read_manifest(folder) is not None):
+            check_out(folder, resume=resume, overwrite=overwrite)
 
     def _check_space(self, needed: int, resume: bool) -> None:
         have = sum(path.stat().st_size for path in self.folder.glob("*.safetensors")) if resume else 0
@@ -291,23 +262,13 @@ class Store:
         if needed - have > free:
             raise OSError(f"{home}: {self.out.name} needs about {_size(needed - have)}, {_size(free)} are free")
 
-    def _lock(self) -> None:
-        """One run at a time; the lock goes with the process, however it ends."""
-        self.partial.mkdir(parents=True, exist_ok=True)
-        self.lock = (self.partial / "lock").open("wb")
-        if fcntl is not None:
-            try:
-                fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise ValueError(f"{self.partial}: another run is writing there; wait for it or end it") from None
-
     def _start(self) -> None:
-        _clear(self.partial, keep={"lock"})
+        clear(self.partial, keep={LOCK})
         with self._resumable("the journal", 0):
             self.folder.mkdir()
             self._append({"version": FORMAT_VERSION, "identity": self.identity, "units": self.units})
-        _sync_folder(self.partial)
-        _sync_folder(self.partial.parent)
+        sync_folder(self.partial)
+        sync_folder(self.partial.parent)
 
     def _resume(self) -> bool:
         """Keeps the shards of an earlier run that are as its journal says; False when it did not get so far."""
@@ -329,12 +290,12 @@ class Store:
             else:
                 self.lines.pop(line["unit"], None)
                 self.events.append(f"{line['file']} is not as the journal says: {line['unit']} is done again")
-        _clear(self.folder, keep={line["file"] for line in self.lines.values()})
+        clear(self.folder, keep={line["file"] for line in self.lines.values()})
         work = self.journal.with_suffix(".tmp")
         work.write_text("".join(f"{_line(line)}\n" for line in [lines[0], *self.lines.values()]), encoding="utf-8")
-        _sync(work)
+        sync(work)
         work.replace(self.journal)
-        _sync_folder(self.partial)
+        sync_folder(self.partial)
         return True
 
     def _read_journal(self) -> list[dict[str, Any]]:
@@ -381,23 +342,3 @@ def _size(nbytes: int) -> str:
         if nbytes >= 2**power:
             return f"{nbytes / 2**power:.1f} {unit}"
     return f"{nbytes} bytes"
-
-
-def _clear(folder: Path, keep: set[str | None]) -> None:
-    for path in folder.iterdir():
-        if path.name not in keep:
-            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-
-
-def _sync(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-
-
-def _sync_folder(path: Path) -> None:
-    if os.name == "posix":
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)

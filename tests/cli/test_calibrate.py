@@ -91,7 +91,7 @@ def test_mistakes_are_one_line_that_says_what_to_do(capsys, text, folder, tmp_pa
         "there is no 'snks'; there is sinks": ["calibrate", "demo", "snks"],
         "there is no option --nsample; did you mean --nsamples": ["calibrate", "demo", "sinks", "--nsample", "3"],
         "exists; choose another name, or replace it with --overwrite": small(text, folder),
-        "acc did not make it": small(text, foreign, "--overwrite"),
+        "was not made by acc": small(text, foreign, "--overwrite"),
         "--seqlen 8192: the model takes at most 4096 tokens": small(text, out, "--seqlen", "8192"),
         "give more text, or lower --nsamples or --seqlen": small(short, out, "--nsamples", "9"),
         "gone.txt": small(tmp_path / "gone.txt", out),
@@ -155,7 +155,7 @@ def test_a_killed_run_is_found_goes_on_and_ends_the_same(capsys, text, tmp_path)
     assert not out.exists(), "it was over before it could be killed"
     code, _, err = call(capsys, *words)
     assert code == 2
-    assert "a run was stopped; go on with --resume, or begin anew with --overwrite" in err
+    assert "an unfinished run; continue it with --resume, or start anew with --overwrite" in err
     code, _, err = call(capsys, *words, "--resume", "--seed", "1")
     assert code == 2
     assert "the run differs: data.seed: 0 -> 1" in err
