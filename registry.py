@@ -31,6 +31,11 @@ def listing(folder: str, base: str | None = None) -> dict[str, str]:
     return found
 
 
+def typed(folder: str, base: str, prefix: str) -> dict[str, str]:
+    """`listing` of the files `<prefix><name>.py`, by their names as they are typed in a shell."""
+    return {name.removeprefix(prefix).replace("_", "-"): line for name, line in listing(folder, base).items()}
+
+
 def spelled(name: str) -> str:
     """An entry's name as its file has it: `-` stands for `_`, as in every option."""
     return str(name).replace("-", "_")

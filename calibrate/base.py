@@ -83,6 +83,16 @@ class Attended:
     residual: Tensor  # [T, hidden], what the block was given
 
 
+def causal_scores(query: Tensor, key: Tensor, rows: Tensor, scaling: float) -> Tensor:
+    """Attention scores `[H, R, T]` in fp32 of query `[H, R, D]`, which stand at the positions `rows [R]`, with key
+    `[Hkv, T, D]`; minus infinity for tokens yet to come."""
+    heads, count, width = query.shape
+    grouped = (query.float() * scaling).reshape(len(key), -1, width)  # heads of a group under one another
+    scores = (grouped @ key.float().transpose(1, 2)).view(heads, count, -1)
+    later = torch.arange(key.shape[1], device=rows.device) > rows[:, None]
+    return scores.masked_fill_(later, -torch.inf)
+
+
 class Learner(ABC):
     """What a pass gathers of one layer. A few tensors whose size does not depend on how much text went by."""
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..formats.patterns import BLOCK, BLOCKS, DENSE, STREAMING, VERTICAL_SLASH
 from ..kernels.attention_index import Index
+from .base import causal_scores
 from .program import milp
 
 ROW_BLOCKS = 8  # blocks of rows that are scored of a prompt, evenly spaced; those with answers besides
@@ -87,7 +88,7 @@ def score(
     for at, block in enumerate(blocks):
         rows = torch.arange(BLOCK * block + stride - 1, min(BLOCK * (block + 1), tokens), stride, device=query.device)
         end = int(rows[-1]) + 1
-        probability = _probability(query[:, rows], key[:, :end], rows, scaling)  # [H, t, end]
+        probability = causal_scores(query[:, rows], key[:, :end], rows, scaling).softmax(-1)  # [H, t, end]
         dense = _mix(probability[:, None], value[:, :end])[:, 0]  # [H, t, Dv]
         whole = dense.transpose(0, 1).reshape(len(rows), heads * width)
         size = (whole if weight is None else whole @ weight.T).square().sum(-1)  # [t]
@@ -113,15 +114,6 @@ def _grams(weight: Tensor, heads: int) -> Tensor:
     """weight `[hidden, H * Dv]` -> `[H, Dv, Dv]`, by which a head's output is as long as the projection makes it."""
     slices = weight.unflatten(-1, (heads, -1)).transpose(0, 1)  # [H, hidden, Dv]
     return slices.transpose(1, 2) @ slices
-
-
-def _probability(query: Tensor, key: Tensor, rows: Tensor, scaling: float) -> Tensor:
-    """query `[H, t, D]` at the positions `rows [t]`, key `[Hkv, n, D]` -> `[H, t, n]`, fp32."""
-    heads, count, width = query.shape
-    grouped = (query.float() * scaling).reshape(len(key), -1, width)
-    logits = (grouped @ key.float().transpose(1, 2)).view(heads, count, -1)
-    later = torch.arange(key.shape[1], device=rows.device) > rows[:, None]
-    return logits.masked_fill_(later, -torch.inf).softmax(-1)
 
 
 def _mix(probability: Tensor, value: Tensor) -> Tensor:

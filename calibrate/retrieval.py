@@ -14,7 +14,7 @@ from torch import Tensor
 from ..formats.model import AttentionLayer
 from ..formats.streaming import ranks, streams
 from .attention import of_layers
-from .base import Attended, Learned, Learner, Pass, Subject
+from .base import Attended, Learned, Learner, Pass, Subject, causal_scores
 from .gates import Gated, Schedule, Told, answer_rows, distance, hard, optimise, projected
 from .prompts import Prompt
 
@@ -211,7 +211,7 @@ class Evidence(Learner):
             return
         spread = torch.linspace(first, tokens - 1, count, device=attended.query.device).long()
         for rows in spread.split(max(min(128, TILE // (len(attended.query) * tokens)), 1)):
-            weights = causal_scores(attended, rows).softmax(-1)
+            weights = _scores(attended, rows).softmax(-1)
             places = weights[..., : self.sink].sum(1)
             back = rows[:, None] - torch.arange(self.recent, device=rows.device)
             distances = weights.gather(2, back.expand(len(weights), -1, -1)).sum(1)
@@ -224,7 +224,7 @@ class Evidence(Learner):
         rows, copied = answers(attended.prompt)
         far = unseen(rows, copied, self.sink, self.recent)
         rows, copied = rows.to(attended.query.device), copied.to(attended.query.device)
-        scores = causal_scores(attended, rows)
+        scores = _scores(attended, rows)
         weights = scores.softmax(-1)
         place = torch.arange(scores.shape[-1], device=rows.device)
         cut = (place >= self.sink) & (rows[:, None] - place >= self.recent)
@@ -246,13 +246,9 @@ class Evidence(Learner):
         self._add("energy", attended.residual[rows].float().square().sum())
 
 
-def causal_scores(attended: Attended, rows: Tensor) -> Tensor:
-    """Attention scores of some rows in fp32: `rows [R]` -> `[H, R, T]`, minus infinity for tokens yet to come."""
-    key, heads = attended.key.float(), len(attended.query)
-    query = attended.query[:, rows].float().reshape(len(key), -1, key.shape[-1])  # heads of a group under one another
-    scores = (attended.scaling * query @ key.transpose(1, 2)).reshape(heads, len(rows), -1)
-    later = torch.arange(key.shape[1], device=rows.device) > rows[:, None]
-    return scores.masked_fill_(later, -torch.inf)
+def _scores(attended: Attended, rows: Tensor) -> Tensor:
+    """Scores `[H, R, T]` of some rows of a prompt."""
+    return causal_scores(attended.query[:, rows], attended.key, rows, attended.scaling)
 
 
 def answers(prompt: Prompt) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from ..formats.model import AttentionLayer
 from .attention import of_layers
-from .base import Attended, Learned, Learner, Pass, Subject
+from .base import Attended, Learned, Learner, Pass, Subject, causal_scores
 
 SKIPPED = 4  # first rows: their mass is on the first tokens because there is nothing else
 # where bins of distances begin: each distance below 16, then three to the octave up to 2^20; the last one is open
@@ -206,10 +206,7 @@ def rows_told(attended: Attended, rows: int, tile: int) -> dict[str, Tensor]:
     for part in positions.split(min(tile, max(SCORES // (heads * tokens), 1))):
         place = part.to(key.device)
         seen = int(part[-1]) + 1
-        query = attended.query[:, place].float().view(len(key), group * len(part), -1)
-        scores = (attended.scaling * query @ key[:, :seen].mT).view(heads, len(part), seen)
-        hidden = torch.arange(seen, device=key.device) > place[:, None]
-        scores = scores.masked_fill_(hidden, HIDDEN)
+        scores = causal_scores(attended.query[:, place], key[:, :seen], place, attended.scaling).clamp_(min=HIDDEN)
         weights = scores.softmax(-1)
         total = scores.amax(-1) - weights.amax(-1).log()  # log of the softmax's denominator
         out = (weights.view(len(key), group * len(part), seen) @ value[:, :seen]).view(heads, len(part), -1)

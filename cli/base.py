@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Collection
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -49,7 +50,7 @@ class MethodCommand(typer.core.TyperCommand):
         own = {name for parameter in self.params for name in parameter.opts} | set(ctx.help_option_names)
         ctx.obj = {}
         if any(word.startswith("--") and word.partition("=")[0] not in own for word in args):
-            args, ctx.obj = self._take(list(args), own)
+            args, ctx.obj = self._take(args, own)
         return super().parse_args(ctx, args)
 
     def _take(self, args: list[str], own: set[str]) -> tuple[list[str], dict[str, Any]]:
@@ -60,18 +61,25 @@ class MethodCommand(typer.core.TyperCommand):
             spelled = value if word == "--method" else word[9:] if word.startswith("--method=") else spelled
         fields = {f"--{name.replace('_', '-')}": name for name in lookup("compress", str(spelled)).model_fields}
         self.method_options = tuple(fields)
-        rest, found = [], {}
-        while args:
-            name, equals, value = args.pop(0).partition("=")
-            if name in own or name not in fields:
-                rest.append(name + equals + value)
-                continue
-            if not equals:
-                if not args or args[0] in fields or args[0] in own:
-                    raise ValueError(f"{name} needs a value")
-                value = args.pop(0)
-            found[fields[name]] = parsed(value)
-        return rest, found
+        rest, given = without(args, own, fields)
+        return rest, {fields[name]: value for name, value in given}
+
+
+def without(args: list[str], own: Collection[str], fields: Collection[str]) -> tuple[list[str], list[tuple[str, Any]]]:
+    """What is left of `args` without the options in `fields`, and those, with their values, in the order given; a name
+    that is among the verb's `own` options stays. Raises ValueError for an option without a value."""
+    rest, given, left = [], [], list(args)
+    while left:
+        name, equals, value = left.pop(0).partition("=")
+        if name in own or name not in fields:
+            rest.append(name + equals + value)
+            continue
+        if not equals:
+            if not left or left[0].startswith("--"):
+                raise ValueError(f"{name} needs a value")
+            value = left.pop(0)
+        given.append((name, parsed(value)))
+    return rest, given
 
 
 def parsed(text: str) -> int | float | bool | str | None:

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 import typer.core
 
-from .base import Device, Dtype, Json, Model, Seed, Spill
+from .base import Device, Dtype, Json, Model, Seed, Spill, without
 
 
 class PassCommand(typer.core.TyperCommand):
@@ -36,29 +36,14 @@ class PassCommand(typer.core.TyperCommand):
                 fields.setdefault(f"--{spelled}", []).append((name, field))
                 fields.setdefault(f"--{name}.{spelled}", []).append((name, field))
         self.method_options = tuple(fields)
-        return super().parse_args(ctx, _take(list(args), own, fields, ctx.obj))
-
-
-def _take(args: list[str], own: set[str], fields: dict[str, list[tuple[str, str]]], found: dict[str, Any]) -> list[str]:
-    """What is left of `args` without the fields of passes, which go to `found`."""
-    from .base import parsed
-
-    rest = []
-    while args:
-        name, equals, value = args.pop(0).partition("=")
-        if name in own or name not in fields:
-            rest.append(name + equals + value)
-            continue
-        if len(fields[name]) > 1:
-            spelled = " or ".join(f"--{one}.{name[2:]}" for one, _ in fields[name])
-            raise ValueError(f"{name}: several passes have it; say {spelled}")
-        if not equals:
-            if not args or args[0].startswith("--"):
-                raise ValueError(f"{name} needs a value")
-            value = args.pop(0)
-        one, field = fields[name][0]
-        found.setdefault(one, {})[field] = parsed(value)
-    return rest
+        args, given = without(args, own, fields)
+        for name, value in given:
+            if len(fields[name]) > 1:
+                spelled = " or ".join(f"--{one}.{name[2:]}" for one, _ in fields[name])
+                raise ValueError(f"{name}: several passes have it; say {spelled}")
+            one, field = fields[name][0]
+            ctx.obj.setdefault(one, {})[field] = value
+        return super().parse_args(ctx, args)
 
 
 COMMAND = PassCommand
@@ -104,6 +89,7 @@ def calibrate(
 
     from ..calibrate.stream import Clock
     from ..formats.calibration import Calibration, Journal, facts
+    from ..formats.partial import check_out
     from ..formats.source import open_source
     from .base import check_device, check_dtype
     from .learned import brief
@@ -119,7 +105,7 @@ def calibrate(
     chosen = {} if read is not None else _passes(passes, context.obj)
     source = open_source(model)
     folder = out or Path(f"{plain_name(source)}-acc-calibration")
-    Journal.check(folder.absolute(), resume, overwrite)
+    check_out(folder.absolute(), resume=resume, overwrite=overwrite)
     layers, phases = _show_layers(screen, source), {}
     started = time.monotonic()
     again = shlex.join(

@@ -23,7 +23,7 @@ def show(
     as_json: Json = False,
 ) -> None:
     """List what there is, or one entry's fields and source."""
-    from ..registry import RECIPES, listing, recipes, spelled
+    from ..registry import RECIPES, listing, recipes, spelled, typed
     from .ui import Screen
 
     screen = Screen(as_json)
@@ -33,11 +33,11 @@ def show(
             screen.line(title)
             for entry, line in found[kind].items():
                 screen.field(f"  {entry.replace('_', '-')}", line)
-        found["exports"] = {"dense": "Plain weights."} | _exports()
+        found["exports"] = {"dense": "Plain weights."} | typed("formats", "Engine", "engine_")
         screen.line("Exports")
         for entry, line in found["exports"].items():
             screen.field(f"  {entry}", line)
-        found["runtimes"] = _runtimes()
+        found["runtimes"] = typed("formats", "Runtime", "runtime_")
         screen.line("Exports of a calibration")
         for entry, line in found["runtimes"].items():
             screen.field(f"  {entry}", line)
@@ -71,23 +71,6 @@ def show(
     elif "passes" in homes:
         screen.next(f"acc calibrate MODEL {name}")
     screen.result(described)
-
-
-def _runtimes() -> dict[str, str]:
-    """What `acc export --to` and `acc calibrate --from` take for calibrations."""
-    from ..registry import listing
-
-    return {
-        name.removeprefix("runtime_").replace("_", "-"): line for name, line in listing("formats", "Runtime").items()
-    }
-
-
-def _exports() -> dict[str, str]:
-    """What `acc export --to` takes."""
-    from ..registry import listing
-
-    engines = listing("formats", "Engine").items()
-    return {name.removeprefix("engine_").replace("_", "-"): line for name, line in engines}
 
 
 def _describe(screen: Any, kind: str, name: str) -> dict[str, Any]:

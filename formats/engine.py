@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.packing import pack_stream, unpack_stream
-from ..registry import listing, lookup
+from ..registry import lookup, typed
 from .base import Entry, PackedWeight
 from .grouped import SCALE_DTYPES, GroupedWeight
 from .safefile import Layout, Piece, write_shards
@@ -159,15 +159,14 @@ def imported(source: Source) -> Source:
 
 def engines() -> dict[str, str]:
     """Every engine's name, as `--to` takes it, and its one line."""
-    found = listing("formats", Engine.__name__)
-    return {name.removeprefix(PREFIX).replace("_", "-"): line for name, line in found.items()}
+    return typed("formats", Engine.__name__, PREFIX)
 
 
 def engine(name: str) -> type[Engine]:
     """Raises ValueError, naming those there are, for an unknown engine."""
     if name not in engines():
         raise ValueError(f"--to {name}: there is dense, {', '.join(engines())}")
-    return lookup("formats", PREFIX + name.replace("-", "_"), Engine.__name__)
+    return lookup("formats", PREFIX + name, Engine.__name__)
 
 
 def readers() -> dict[str, type[Engine]]:

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from ..registry import listing, lookup
+from ..registry import lookup, typed
 from .calibration import Calibration
 from .model import AttentionLayer
 
@@ -51,7 +51,7 @@ class Runtime(ABC):
 
 def runtimes() -> dict[str, str]:
     """`{name: what it is}` of every runtime, spelled as on the command line."""
-    return {name.removeprefix(PREFIX).replace("_", "-"): line for name, line in listing("formats", "Runtime").items()}
+    return typed("formats", "Runtime", PREFIX)
 
 
 def runtime(name: str) -> type[Runtime]:
@@ -60,4 +60,4 @@ def runtime(name: str) -> type[Runtime]:
     if name.replace("_", "-") not in known:
         near = difflib.get_close_matches(name, known, n=3) or known
         raise ValueError(f"there is no runtime {name!r}; there is {', '.join(near) or 'none'}")
-    return lookup("formats", PREFIX + name.replace("-", "_"), "Runtime")
+    return lookup("formats", PREFIX + name, "Runtime")
