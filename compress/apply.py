@@ -312,7 +312,7 @@ def _refine(
     """Learns the rounding of what was made of a block; brings that and its records up to date."""
     learnt = {matrix: rounding for matrix, rounding in roundings.items() if rounding is not None}
     for matrix in made.keys() - learnt.keys():
-        records[matrix]["events"].append({"event": "not_refined", "reason": "its values are not evenly spaced"})
+        records[matrix]["events"].append({"event": "not_refined", "reason": "it has no codes to choose"})
     if not learnt:
         return
     targets = block.outputs if block.outputs is not None else block.run()

@@ -58,6 +58,10 @@ class LutGemm(Method):
     def needs(self) -> tuple[str, ...]:  # pyright: ignore[reportIncompatibleVariableOverride]
         return ("hessian",) if self.activation_aware else ()
 
+    @property
+    def refine(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return 16 if self.activation_aware else 0
+
     def alternatives(self, bits: float) -> list[LutGemm]:
         sizes = itertools.product(around(bits), (32, 64, 128))
         return [self.model_copy(update={"bits": code, "group_size": group}) for code, group in sizes]

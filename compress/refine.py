@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..calibrate.base import Statistic
 from ..calibrate.stream import Block, Hidden
-from ..formats.base import Grid, PackedWeight
+from ..formats.base import Grid, Levels, PackedWeight
 from ..formats.model import Matrix
 
 REACH = 0.5  # about twice as far as all steps together move a weight, in steps of its grid
@@ -23,52 +23,37 @@ MEASURED = 4  # batches, spread over all, that tell whether it helped
 class Rounding:
     """The codes of one matrix while they are learned: a real number for each, whose nearest integer is the code."""
 
-    def __init__(self, packed: PackedWeight, grid: Grid, aim: Tensor):
+    def __init__(self, packed: PackedWeight, levels: Grid | Levels, aim: Tensor):
         """`aim [O, I]`: what each weight would best be if it were not rounded. There it starts, or at the near edge of
         its code; so what was rounded far is what changes first."""
-        self.packed, self.grid = packed, grid
-        aim = aim if grid.perm is None else aim[:, grid.perm]
-        aim = aim if grid.extra is None else aim - grid.extra
-        scale = wide(grid.scale, grid)
-        exact = torch.where(scale != 0, aim / scale + wide(grid.zero, grid), grid.codes)
+        self.packed, self.levels = packed, levels
         edge = 0.5 - 2**-11
-        self.value = (exact - grid.codes).clamp_(-edge, edge).add_(grid.codes)
+        self.value = (levels.places(aim) - levels.codes).clamp_(-edge, edge).add_(levels.codes)
 
     @classmethod
     def of(cls, packed: PackedWeight, weight: Tensor, statistics: Iterable[Statistic]) -> Rounding | None:
         """For what was made of `weight [O, I]`, with what is known of its input; None where there are no codes to
         learn."""
-        grid = packed.grid()
-        if grid is None:
+        levels = packed.levels()
+        if levels is None:
             return None
         error = packed.dequantize() - weight.float()
         known = next((statistic for statistic in statistics if statistic.tokens), None)
-        return cls(packed, grid, weight + (known.alone(error) if known is not None else torch.zeros_like(error)))
+        return cls(packed, levels, weight + (known.alone(error) if known is not None else torch.zeros_like(error)))
 
     def codes(self) -> Tensor:
-        return self.value.round().clamp_(0, self.grid.top)
+        return self.value.round().clamp_(0, self.levels.top)
 
     def dense(self) -> Tensor:
         """`[O, I]` as `dequantize` will give it."""
-        weight = self.codes().sub_(wide(self.grid.zero, self.grid)).mul_(wide(self.grid.scale, self.grid))
-        if self.grid.extra is not None:
-            weight += self.grid.extra
-        if self.grid.perm is None:
-            return weight
-        return torch.empty_like(weight).index_copy_(1, self.grid.perm, weight)
+        return self.levels.weights(self.codes())
 
     def descend(self, gradient: Tensor, rate: float) -> None:
         """One step against the sign of the loss's gradient `[O, I]` by the dense weight."""
-        gradient = gradient if self.grid.perm is None else gradient[:, self.grid.perm]
-        self.value.sub_(gradient.sign() * wide(self.grid.scale.sign(), self.grid), alpha=rate)
+        self.value.sub_(self.levels.slopes(gradient), alpha=rate)
 
     def pack(self) -> PackedWeight:
         return self.packed.with_codes(self.codes().byte())
-
-
-def wide(statistic: Tensor, grid: Grid) -> Tensor:
-    """`[G, O]`, one for each group -> `[O, I]`, one for each weight."""
-    return statistic.T.repeat_interleave(grid.group_size, 1)[:, : grid.codes.shape[1]]
 
 
 def distance(output: Tensor, target: Tensor) -> Tensor:

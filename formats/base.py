@@ -33,6 +33,62 @@ class Grid(NamedTuple):
     extra: Tensor | None = None
     perm: Tensor | None = None
 
+    def weights(self, codes: Tensor) -> Tensor:
+        """Codes `[O, I]`, floats, in packed order -> weights `[O, I]`, inputs in their own order."""
+        weight = (codes - self._wide(self.zero)).mul_(self._wide(self.scale))
+        if self.extra is not None:
+            weight += self.extra
+        return weight if self.perm is None else torch.empty_like(weight).index_copy_(1, self.perm, weight)
+
+    def places(self, weight: Tensor) -> Tensor:
+        """The inverse as real numbers, `[O, I]` in packed order; where all codes mean the same, the one that is."""
+        weight = weight if self.perm is None else weight[:, self.perm]
+        weight = weight if self.extra is None else weight - self.extra
+        scale = self._wide(self.scale)
+        return torch.where(scale != 0, weight / scale + self._wide(self.zero), self.codes)
+
+    def slopes(self, gradient: Tensor) -> Tensor:
+        """The signs of a gradient `[O, I]` by the weights, inputs in their order -> by the codes, in packed order."""
+        gradient = gradient if self.perm is None else gradient[:, self.perm]
+        return gradient.sign() * self._wide(self.scale.sign())
+
+    def _wide(self, statistic: Tensor) -> Tensor:
+        """`[G, O]`, one for each group -> `[O, I]`, one for each weight."""
+        return statistic.T.repeat_interleave(self.group_size, 1)[:, : self.codes.shape[1]]
+
+
+class Levels(NamedTuple):
+    """The values that a weight may take where they are not evenly spaced.
+
+    codes uint8 `[O, I]`, 0 to `top`, count the levels fp32 `[G, top + 1, O]` of `group_size` columns, which rise.
+    """
+
+    codes: Tensor
+    top: int
+    levels: Tensor
+    group_size: int
+
+    def weights(self, codes: Tensor) -> Tensor:
+        """Codes `[O, I]`, floats -> weights `[O, I]`."""
+        parts = codes.split(self.group_size, 1)
+        return torch.cat([of.gather(0, own.T.long()) for of, own in zip(self.levels, parts, strict=True)]).T
+
+    def places(self, weight: Tensor) -> Tensor:
+        """The inverse as real numbers: in proportion between two levels, so that the nearest integer is the nearest
+        level; where all levels are one, the code that is."""
+        found = []
+        parts = zip(self.levels, weight.split(self.group_size, 1), self.codes.split(self.group_size, 1), strict=True)
+        for levels, own, codes in parts:
+            above = torch.searchsorted(levels.T.contiguous(), own.contiguous(), right=True).clamp_(1, self.top).T
+            low, high = levels.gather(0, above - 1), levels.gather(0, above)
+            place = above - 1 + (own.T - low) / (high - low)
+            found.append(torch.where(high > low, place, codes.T.float()))
+        return torch.cat(found).T
+
+    def slopes(self, gradient: Tensor) -> Tensor:
+        """The sign of a gradient `[O, I]` by the weights: as levels rise, it is that by the codes."""
+        return gradient.sign()
+
 
 @dataclass(frozen=True)
 class PackedWeight(ABC):
@@ -103,8 +159,12 @@ class PackedWeight(ABC):
         """What the weight is rounded to; None where its values are not evenly spaced."""
         return None
 
+    def levels(self) -> Grid | Levels | None:
+        """The values that codes can choose among, evenly spaced or not; None where there are no such codes."""
+        return self.grid()
+
     def with_codes(self, codes: Tensor) -> PackedWeight:
-        """The same with other codes `[O, I]`, in packed order. Only where there is a `grid`."""
+        """The same with other codes `[O, I]`, in packed order, that count what `levels` says."""
         raise NotImplementedError
 
     def first_planes(self, planes: int) -> PackedWeight:

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from ..kernels.base import Product, product
-from ..kernels.bcq import bcq_weight, pack_planes, unpack_planes
+from ..kernels.bcq import bcq_weight, pack_planes, plane_scales, unpack_planes
 from ..kernels.packing import CHUNK
-from .base import Grid, PackedWeight, Scheme
+from .base import Grid, Levels, PackedWeight, Scheme
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 KINDS = ("free", "codes", "even")
@@ -114,8 +114,34 @@ class BcqWeight(PackedWeight):
         zero = top / 2 - self.offset.float()
         return Grid(codes, top, self.scale.float(), zero, _width(self.shape, self.scheme))
 
+    def levels(self) -> Grid | Levels:
+        if (grid := self.grid()) is not None:
+            return grid
+        size = _width(self.shape, self.scheme)
+        values, order = self._values()
+        rank = order.argsort(1)  # of each sum of planes among its group's
+        codes = unpack_planes(self.codes, self.shape[1]).split(size, 1)
+        ranks = torch.cat([of.gather(0, own.T.long()) for of, own in zip(rank, codes, strict=True)]).T
+        return Levels(ranks.byte(), values.shape[1] - 1, values.gather(1, order), size)
+
     def with_codes(self, codes: Tensor) -> BcqWeight:
-        return replace(self, codes=pack_planes(_reversed(codes, self.scheme["bits"]), self.scheme["bits"]))
+        bits = self.scheme["bits"]
+        if self.scheme["scales"] == "even":
+            return replace(self, codes=pack_planes(_reversed(codes, bits), bits))
+        _, order = self._values()
+        parts = codes.split(_width(self.shape, self.scheme), 1)
+        planes = torch.cat([of.gather(0, own.T.long()) for of, own in zip(order, parts, strict=True)]).T
+        return replace(self, codes=pack_planes(planes, bits))
+
+    def _values(self) -> tuple[Tensor, Tensor]:
+        """What each code means, fp32 `[G, 2^bits, O]`, bit `b` for plane `b`; and the codes by rising value, int64."""
+        bits = self.scheme["bits"]
+        scales, offset = plane_scales(self.scale, self.offset, self.stat, bits)
+        each = torch.arange(1 << bits, device=offset.device)[:, None]
+        values = offset[:, None].repeat(1, 1 << bits, 1)
+        for b, scale in enumerate(scales):
+            values += torch.where((each >> b & 1).bool(), scale[:, None], -scale[:, None])
+        return values, values.argsort(dim=1, stable=True)
 
     def first_planes(self, planes: int) -> BcqWeight:
         bits = self.scheme["bits"]

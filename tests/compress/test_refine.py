@@ -22,6 +22,9 @@ METHODS = {
     "gptq": {"bits": 2, "group_size": 32},
     "gptq full_range": {"bits": 3, "group_size": 16, "grid": "full_range"},
     "spqr": {"bits": 2, "group_size": 16, "outlier_threshold": 0.5},
+    "lut-gemm": {"bits": 2, "group_size": 32},
+    "lut-gemm free": {"bits": 3, "group_size": 16, "scale_bits": 16},
+    "lut-gemm row": {"bits": 1, "group_size": -1},
     "spqr identity": {"bits": 3, "group_size": 16, "order": "identity"},
 }
 
@@ -70,9 +73,9 @@ def test_what_runs_is_what_is_packed(name):
     made = rounding.pack()
     made.check()
     assert torch.equal(made.dequantize(), rounding.dense())
-    moved = made.grid().codes.int() - packed.grid().codes.int()
+    moved = made.levels().codes.int() - packed.levels().codes.int()
     assert moved.abs().max() == 1
-    assert made.grid().codes.max() <= packed.grid().top
+    assert made.levels().codes.max() <= packed.levels().top
 
 
 @pytest.mark.parametrize("name", METHODS)
