@@ -11,6 +11,7 @@ from .base import Json, MethodCommand, Model
 
 if TYPE_CHECKING:
     from ..calibrate.stream import Stream
+    from ..compress.budget import Table
     from ..compress.recipe import Recipe, Step
     from ..formats.base import Entry
     from ..formats.source import Source
@@ -29,6 +30,12 @@ def plan(
     recipe: Annotated[str | None, typer.Option(help="a recipe instead of a method: a file, or see acc apply")] = None,
     changes: Annotated[list[str], typer.Option("--set", help="of the recipe: path=value, e.g. steps.0.bits=4")] = [],  # noqa: B006
     fit: Annotated[str | None, typer.Option(help="the most bits whose files fit, e.g. 6GiB")] = None,
+    max_kl: Annotated[
+        float | None, typer.Option(min=0, help="the fewest bytes that lose so many nats per token; with --measured")
+    ] = None,
+    measured: Annotated[
+        Path | None, typer.Option(help="folder of a run that mixed settings: what it measured says who gets what")
+    ] = None,
     nsamples: Annotated[int | None, typer.Option(min=1, help="sequences of text; default 128, of self 64")] = None,
     seqlen: Annotated[int | None, typer.Option(min=2, help="tokens per sequence; default 2048, of self 512")] = None,
     targets: Annotated[list[str], typer.Option(help="what to compress: a glob, or re:REGEX; may be repeated")] = ["*"],  # noqa: B006
@@ -48,17 +55,26 @@ def plan(
     from ..compress.plan import planned_entries, sizes
     from .base import check_dtype
     from .packing import open_dense, resolved
-    from .spending import parse_size
+    from .spending import parse_size, show_table
     from .ui import Screen, size
 
     screen, source = Screen(as_json), open_dense(model)
-    if fit is not None and bits is not None:
-        raise ValueError("--fit chooses the bits: leave --bits out")
-    mixed = bits if bits is not None and bits != int(bits) else None
+    if sum(given is not None for given in (bits, fit, max_kl)) > 1:
+        raise ValueError("--bits, --fit and --max-kl: give one of them, it decides the others")
+    if max_kl is not None and measured is None:
+        raise ValueError(
+            f"--max-kl {max_kl:g}: headers do not say what is lost; name with --measured the folder of a run that mixed"
+            " settings, or let the run itself measure: acc quantize --max-kl"
+        )
+    broken = bits is not None and bits != int(bits)
+    if measured is not None and (recipe is not None or not (broken or fit is not None or max_kl is not None)):
+        raise ValueError("--measured is of a mix: give --max-kl, --fit or --bits as in 2.7 with it, and no --recipe")
+    mixed = bits if broken and measured is None else None
     if recipe is None:
         if changes:
             raise ValueError("--set changes a recipe: name one with --recipe")
-        settings = context.obj | {"bits": 3 if bits is None else min(max(round(bits), 2), 8) if mixed else int(bits)}
+        code = 3 if bits is None else min(max(round(bits), 2), 8) if broken else int(bits)
+        settings = context.obj | {"bits": code}
         wanted = _one_step(method, settings, targets, ignore, refine, rotate)
     else:
         wanted = _of_file(recipe, changes, [*context.obj, *(["bits"] if bits is not None else [])])
@@ -66,26 +82,69 @@ def plan(
     rewritten = wanted.rewrite(source)
     stream = Stream(rewritten, dtype=check_dtype(wanted.dtype))
     tried: dict[int, int] = {}
-    if fit is not None:
+    asked, table = wanted, None
+    if measured is not None:
+        wanted, table = _by_measure(measured, source, wanted, stream, bits, fit, max_kl)
+    elif fit is not None:
         wanted, tried = _fitting(wanted, stream, parse_size(fit), fit)
     chosen = assign(wanted, stream)
     after, choices = sizes(chosen, stream), [chosen]
     if mixed is not None:
         after, choices = _mixed(mixed, wanted.steps[0], chosen, stream)
     result: dict[str, Any] = _bytes_of(source, rewritten, chosen, after) | {"recipe": wanted.to_dict()}
-    if fit is not None:
+    if fit is not None and table is None:
         left = parse_size(fit) - (result["after"] - result["packed_after"])
         result["fit"] = {"limit": parse_size(fit), "bytes": tried, "mixed_bits": 8 * left / result["packed_parameters"]}
     result |= _cost(wanted, stream, chosen, source, after, batch, len(choices)) | {"disk": _disk(source, after, out)}
     result["engines"] = _engines(source, [planned_entries(each, stream) for each in choices])
     result["mixed"] = mixed
+    if table is not None:
+        result["mix"] = {"expected_loss": table[0].loss, "bound": table[0].bound}
     _show(screen, wanted, source, rewritten, result)
-    screen.next(_command(model, recipe, changes, wanted, fit is not None, mixed))
+    budget = [] if mixed is None else ["--bits", f"{mixed:g}"]
+    if table is not None:
+        show_table(screen, *table, max_kl is not None)
+        given = {"--bits": bits, "--fit": fit, "--max-kl": max_kl}
+        budget = [word for name, value in given.items() if value is not None for word in (name, str(value))]
+        wanted = asked
+    screen.next(_command(model, recipe, changes, wanted, fit is not None, budget))
     screen.result(result)
     if missing := result["disk"]["missing"]:
         raise OSError(
             f"{result['disk']['folder']}: {size(missing)} of disk are missing; make room, or name another OUT"
         )
+
+
+def _by_measure(
+    folder: Path,
+    source: Source,
+    recipe: Recipe,
+    stream: Stream,
+    bits: float | None,
+    fit: str | None,
+    max_kl: float | None,
+) -> tuple[Recipe, tuple[Table, bool]]:
+    """The recipe of the best mix by what another run measured; its table, and whether losses are the logits'.
+
+    Raises ValueError where that run looked at other tensors, or at another method, than these."""
+    from ..compress.apply import assign
+    from .spending import Budget, measured, parse_size
+
+    options, scaled = measured(folder, source)
+    if max_kl is not None and not scaled:
+        raise ValueError(
+            f"--measured {folder}: losses are of the blocks' outputs; --max-kl needs --sensitivity kl there"
+        )
+    chosen = assign(recipe, stream)
+    if (method := options[0][0].method) != recipe.steps[0].method:
+        raise ValueError(f"--measured {folder}: is of --method {method}, not of {recipe.steps[0].method}")
+    known = {name for choices in options for name in choices[0].part.tensors}
+    if odd := sorted(known ^ chosen.keys()):
+        raise ValueError(f"--measured {folder}: {odd[0]} and {len(odd) - 1} others are in one of the two runs alone")
+    budget = Budget(bits=bits, fit=None if fit is None else parse_size(fit), max_kl=max_kl)
+    limit, _ = budget.limit(stream.source, chosen)
+    table = budget.table(options, limit)
+    return recipe.model_copy(update={"steps": tuple(table.steps())}), (table, scaled)
 
 
 def _one_step(
@@ -307,9 +366,9 @@ def _show(screen: Screen, recipe: Recipe, source: Source, rewritten: Source, res
 
 
 def _command(
-    model: str, recipe: str | None, changes: list[str], wanted: Recipe, fitted: bool, mixed: float | None
+    model: str, recipe: str | None, changes: list[str], wanted: Recipe, fitted: bool, budget: list[str]
 ) -> str:
-    """What would do what was planned, text and pace apart."""
+    """What would do what was planned, text and pace apart; a `budget` stands for the bits."""
     import shlex
 
     if recipe is not None:
@@ -318,12 +377,14 @@ def _command(
         return shlex.join(["acc", "apply", recipe, model, *(w for c in [*changes, *found] for w in ("--set", c))])
     step, words = wanted.steps[0], ["acc", "quantize", model, "--method", wanted.steps[0].method]
     own = step.settings.model_dump(mode="json", exclude_defaults=True)
-    if "bits" in type(step.settings).model_fields:
-        own |= {"bits": getattr(step.settings, "bits", None) if mixed is None else mixed}
+    own.pop("bits", None)
+    if not budget and "bits" in type(step.settings).model_fields:
+        own |= {"bits": getattr(step.settings, "bits", None)}
     for name, value in own.items():
         words += [f"--{name.replace('_', '-')}", "null" if value is None else str(value).lower()]
     words += [word for pattern in step.targets if pattern != "*" for word in ("--targets", pattern)]
     words += [word for pattern in step.ignore for word in ("--ignore", pattern)]
+    words += budget
     words += ["--refine", str(wanted.refine)] if wanted.refine != step.settings.refine else []
     for one in wanted.rewrites:
         which = [name for name in ("residual", "heads") if getattr(one, name, False)]

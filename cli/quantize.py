@@ -18,6 +18,9 @@ def quantize(
     out: Annotated[Path | None, typer.Argument(help="folder to write; default: MODEL-acc-METHOD-IntBITS")] = None,
     bits: Annotated[float | None, typer.Option(help="bits per code; 2.7: stored bits per weight, mixed")] = None,
     fit: Annotated[str | None, typer.Option(help="mix bits so that the whole takes at most this, e.g. 6GiB")] = None,
+    max_kl: Annotated[
+        float | None, typer.Option(min=0, help="mix bits so that it loses at most so many nats per token")
+    ] = None,
     sensitivity: Annotated[str, typer.Option(help="what a mix is chosen by: kl of the logits, or output")] = "kl",
     per_expert: Annotated[bool, typer.Option("--per-expert", help="a mix may treat a layer's experts apart")] = False,
     method: Annotated[str, typer.Option(help="see acc show")] = "spqr",
@@ -46,13 +49,17 @@ def quantize(
     from ..registry import listing
     from .base import check_device, check_dtype, show_text
     from .packing import calibration, calibration_text, open_dense, pack
-    from .spending import parse_size, spend
+    from .spending import FILE, Budget, parse_size, spend
     from .ui import Screen
 
     if method in listing("compress", "Rewrite"):
         raise ValueError(f"--method {method}: it packs nothing, but can go before a method: --{method}")
+    if sum(given is not None for given in (bits, fit, max_kl)) > 1:
+        raise ValueError("--bits, --fit and --max-kl: give one of them, it decides the others")
+    if max_kl is not None and sensitivity != "kl":
+        raise ValueError("--max-kl is of the logits: it goes with --sensitivity kl")
     bits = float(_bits(method)) if bits is None else bits
-    mixed = fit is not None or bits != int(bits)
+    mixed = fit is not None or max_kl is not None or bits != int(bits)
     if sensitivity not in ("kl", "output"):
         raise ValueError(f"--sensitivity {sensitivity}: expected kl or output")
     settings = context.obj | {"bits": min(max(round(bits), 2), 8) if mixed else int(bits)}
@@ -73,15 +80,17 @@ def quantize(
             ],
         }
     )
-    screen, folder = Screen(as_json), out or default_name(source, method, f"{bits:g}" if fit is None else fit)
+    name = fit or (f"{bits:g}" if max_kl is None else f"KL{max_kl:g}")
+    screen, folder = Screen(as_json), out or default_name(source, method, name)
     text, papers = None, {}
     if mixed:
         Store.check(folder, resume=resume, overwrite=overwrite)  # before minutes of measuring
         text = calibration_text(recipe, source)
         show_text(screen, text)
         size = None if fit is None else parse_size(fit)
+        budget = Budget(bits=bits if fit is None and max_kl is None else None, fit=size, max_kl=max_kl)
         how = {"scaled": sensitivity == "kl", "per_expert": per_expert, "device": device}
-        recipe, papers["budget.json"] = spend(screen, source, recipe, text, bits=bits, fit=size, **how)
+        recipe, papers[FILE] = spend(screen, source, recipe, text, budget=budget, **how)
     pack(
         screen,
         recipe,
@@ -115,8 +124,11 @@ def rotation(which: str | None, seed: int) -> list[dict[str, Any]]:
 
 def default_name(source: Any, method: str, size: str) -> Path:
     """`Qwen/Qwen3-0.6B` -> `Qwen3-0.6B-acc-SpQR-Int3`."""
+    import re
+
     from ..registry import lookup
     from .packing import plain_name
 
-    form = f"Int{size}" if size.isdecimal() else f"{size}bit" if size[-1:].isdecimal() else size
+    number = re.fullmatch(r"[\d.]+", size) is not None
+    form = f"Int{size}" if size.isdecimal() else f"{size}bit" if number else size
     return Path(f"{plain_name(source)}-acc-{lookup('compress', method).__name__}-{form}")

@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ..calibrate.text import CalibrationText
-    from ..compress.budget import Table
+    from ..compress.budget import Choice, Table
     from ..compress.recipe import Recipe
     from ..formats.source import Source
     from .ui import Screen
@@ -18,6 +21,40 @@ UNITS = {"": 1, "B": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 TOKENS = 16384  # that settings are tried on; of these the first PROBE are what losses are measured on
 PROBE = 1024
 MARGIN = 0.99  # of the bytes, where outliers decide how many there will be
+MIDDLE = 3.5  # bits, of the settings that are tried when the loss is given
+FILE = "budget.json"
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a mix may take, one of these: stored `bits` per packed weight, bytes of the whole model, nats per token."""
+
+    bits: float | None = None
+    fit: int | None = None
+    max_kl: float | None = None
+
+    def limit(self, source: Source, targets: Collection[str]) -> tuple[int | None, int]:
+        """Bytes that the packed tensors may take, None where the loss is limited; and how many weights these have."""
+        inside = sum(math.prod(source.info(name).shape) for name in targets)
+        if self.fit is None:
+            return None if self.bits is None else int(self.bits * inside / 8), inside
+        kept = sum(source.info(name).nbytes for name in source.names() if name not in targets)
+        limit = self.fit - kept - (1 << 14) - 512 * len(source.names())  # headers of the files
+        if limit <= 0:
+            raise ValueError(
+                f"--fit: what is not packed (embeddings, norms, ...) takes {kept:,} of the {self.fit:,} bytes"
+            )
+        return limit, inside
+
+    def table(self, options: Sequence[Sequence[Choice]], limit: int | None) -> Table:
+        """The best mix. Raises ValueError, with what could be had, when there is none."""
+        from ..compress.budget import best_table, smallest_table
+
+        if limit is None:
+            assert self.max_kl is not None
+            return smallest_table(options, self.max_kl)
+        firm = all(choice.firm for choices in options for choice in choices)
+        return best_table(options, limit if firm else int(MARGIN * limit))
 
 
 def parse_size(text: str) -> int:
@@ -38,36 +75,26 @@ def spend(
     recipe: Recipe,
     text: CalibrationText,
     *,
-    bits: float | None,
-    fit: int | None,
+    budget: Budget,
     scaled: bool,
     per_expert: bool,
     device: str,
 ) -> tuple[Recipe, str]:
-    """The recipe whose steps take so many stored `bits` per packed weight, or let the whole model `fit` in that many
-    bytes; and what is known about it, as JSON.
+    """The recipe with the best mix within `budget`, and what was measured for it, as JSON.
 
-    Raises ValueError when no setting is small enough, saying what the smallest takes.
+    Raises ValueError when no mix is within it, saying what could be had.
     """
     from ..calibrate.stream import Stream
     from ..compress.apply import assign
-    from ..compress.budget import best_table, measure
+    from ..compress.budget import measure
     from .ui import Meter
 
     rewritten = recipe.rewrite(source)
     targets = set(assign(recipe, Stream(rewritten)))
-    inside = sum(math.prod(rewritten.info(name).shape) for name in targets)
-    if fit is not None:
-        kept = sum(info.nbytes for name in rewritten.names() if name not in targets for info in [rewritten.info(name)])
-        limit = fit - kept - (1 << 14) - 512 * len(rewritten.names())  # headers of the files
-        if limit <= 0:
-            raise ValueError(f"--fit: what is not packed (embeddings, norms, ...) takes {kept:,} of the {fit:,} bytes")
-    else:
-        assert bits is not None
-        limit = int(bits * inside / 8)
-    wanted = 8 * limit / inside
-    step = recipe.steps[0]
-    settings = step.settings.alternatives(wanted)
+    limit, inside = budget.limit(rewritten, targets)
+    step, wanted = recipe.steps[0], MIDDLE if limit is None else 8 * limit / inside
+    near = [wanted] if limit is not None else [wanted - 1, wanted, wanted + 1]
+    settings = list(dict.fromkeys(one for bits in near for one in step.settings.alternatives(bits)))
     if len(settings) < 2:
         raise ValueError(f"{step.method} has no settings around {wanted:.2f} bits that a budget could choose among")
     first, rest = text.batches[:1, :PROBE], text.batches[1:].flatten()
@@ -84,14 +111,14 @@ def spend(
             device=device,
             report=meter,
         )
-    firm = all(choice.firm for choices in options for choice in choices)
-    table = best_table(options, limit if firm else int(MARGIN * limit))
+    table = budget.table(options, limit)
     resolved = recipe.model_copy(update={"steps": tuple(table.steps())})
-    _show(screen, table, scaled)
-    return resolved, json.dumps(_record(table, limit, scaled), indent=1) + "\n"
+    show_table(screen, table, scaled, budget.max_kl is not None)
+    return resolved, json.dumps(_record(table, options, limit, scaled), indent=1) + "\n"
 
 
-def _show(screen: Screen, table: Table, scaled: bool) -> None:
+def show_table(screen: Screen, table: Table, scaled: bool, smallest: bool) -> None:
+    """A mix, setting by setting, what it is expected to lose, and the proof that there is none better."""
     from .packing import describe
     from .ui import percent
 
@@ -106,10 +133,15 @@ def _show(screen: Screen, table: Table, scaled: bool) -> None:
     screen.table("", [table.choices[0].method, "tensors", "weights", "bits"], sorted(rows))
     unit = "nats per token" if scaled else "of the outputs"
     screen.line()
-    screen.field("Expected", f"{table.loss:.4g} {unit} lost; no table of this size has less than {table.bound:.4g}")
+    if smallest:
+        screen.field("Expected", f"{table.loss:.4g} {unit} lost, in {table.nbytes:,} bytes;")
+        screen.field("", f"no table that loses as little takes less than {table.bound:,.0f}")
+    else:
+        screen.field("Expected", f"{table.loss:.4g} {unit} lost; no table of this size has less than {table.bound:.4g}")
 
 
-def _record(table: Table, limit: int, scaled: bool) -> dict[str, Any]:
+def _record(table: Table, options: list[list[Choice]], limit: int | None, scaled: bool) -> dict[str, Any]:
+    kinds = list(dict.fromkeys((choice.method, choice.settings) for choices in options for choice in choices))
     return {
         "limit_bytes": limit,
         "expected_bytes": table.nbytes,
@@ -126,4 +158,44 @@ def _record(table: Table, limit: int, scaled: bool) -> dict[str, Any]:
             }
             for choice in table.choices
         ],
+        "settings": [{"method": method, **settings.model_dump(mode="json")} for method, settings in kinds],
+        "measured": [
+            {
+                "block": choices[0].part.block,
+                "tensors": list(choices[0].part.tensors),
+                "weights": choices[0].part.weights,
+                "bytes": [choice.nbytes for choice in choices],
+                "firm": all(choice.firm for choice in choices),
+                "loss": [choice.loss for choice in choices],
+            }
+            for choices in options
+        ],
     }
+
+
+def measured(folder: Path, source: Source) -> tuple[list[list[Choice]], bool]:
+    """What a run that mixed settings measured of every part, and whether losses are those of the logits.
+
+    Raises ValueError for a folder without that, and for one of another model."""
+    from ..compress.budget import Choice, Part
+    from ..compress.recipe import configure
+    from ..formats.manifest import read_manifest
+    from ..formats.safefile import confined, read_json
+
+    manifest = read_manifest(folder) if folder.is_dir() else None
+    if manifest is None or not (folder / FILE).is_file():
+        raise ValueError(f"--measured {folder}: no {FILE} of acc there; make one with acc quantize --bits 3.3 or --fit")
+    if manifest["identity"].get("source") != source.identity():
+        raise ValueError(f"--measured {folder}: was made of another model than {source.spec}")
+    told = read_json(confined(folder, FILE))
+    try:
+        kinds = [(one.pop("method"), one) for one in map(dict, told["settings"])]
+        settings = [(method, configure(method, fields)) for method, fields in kinds]
+        options = []
+        for row in told["measured"]:
+            part = Part(row["block"], tuple(row["tensors"]), row["weights"])
+            each = zip(settings, row["bytes"], row["loss"], strict=True)
+            options.append([Choice(part, *kind, nbytes, row["firm"], loss) for kind, nbytes, loss in each])
+    except (KeyError, TypeError, ValueError):
+        raise ValueError(f"{folder / FILE}: not as acc writes it; make the folder again") from None
+    return options, told.get("loss_of") == "logits"

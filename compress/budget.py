@@ -55,7 +55,8 @@ class Choice:
 
 @dataclass(frozen=True)
 class Table:
-    """One choice for every part; no table of as many bytes loses less than `bound`, in the sum of what parts lose."""
+    """One choice for every part. Of those within the same limit, none has less than `bound` of what was to be least:
+    of the sum of what parts lose, or of bytes."""
 
     choices: tuple[Choice, ...]
     bound: float
@@ -155,7 +156,7 @@ def parts(block: Block, group: Sequence[Matrix], statistics: Statistics, per_exp
 
 
 def best_table(options: Sequence[Sequence[Choice]], limit: int) -> Table:
-    """The table of least loss that takes at most `limit` bytes: one integer program (HiGHS).
+    """The table of least loss that takes at most `limit` bytes.
 
     Raises ValueError, naming the least that is possible, when even the smallest choices take more."""
     least = sum(min(choice.nbytes for choice in choices) for choices in options)
@@ -164,17 +165,39 @@ def best_table(options: Sequence[Sequence[Choice]], limit: int) -> Table:
             f"the budget leaves {limit:,} bytes for packed weights; the smallest settings take {least:,} bytes:"
             " allow so much, or pack more of the model with --targets"
         )
+    return _proved(options, lambda choice: choice.loss, lambda choice: choice.nbytes, limit)
+
+
+def smallest_table(options: Sequence[Sequence[Choice]], most: float) -> Table:
+    """The table of fewest bytes that loses at most `most`, in the sum of what parts lose.
+
+    Raises ValueError, naming the least loss that is possible, when even the best choices lose more."""
+    least = sum(min(choice.loss for choice in choices) for choices in options)
+    if least > most:
+        raise ValueError(
+            f"no settings lose less than {least:.3g} together, {most:g} is allowed: allow so much, or leave"
+            " sensitive tensors as they are with --ignore"
+        )
+    return _proved(options, lambda choice: choice.nbytes, lambda choice: choice.loss, most)
+
+
+def _proved(
+    options: Sequence[Sequence[Choice]],
+    least: Callable[[Choice], float],
+    limited: Callable[[Choice], float],
+    limit: float,
+) -> Table:
+    """The table with the least sum of one thing whose sum of another is within a limit: one integer program (HiGHS)."""
     flat = [choice for choices in options for choice in choices]
-    losses = np.array([choice.loss for choice in flat])
-    sizes = np.array([choice.nbytes for choice in flat], dtype=float)
+    costs, sizes = (np.array([float(of(choice)) for choice in flat]) for of in (least, limited))
     owners = np.repeat(np.arange(len(options)), [len(choices) for choices in options])
     one_each = csr_array((np.ones(len(flat)), (owners, np.arange(len(flat)))), shape=(len(options), len(flat)))
-    scale = losses.max() or 1.0
+    scale = costs.max() or 1.0
     found = milp(
-        losses / scale,
+        costs / scale,
         integrality=np.ones(len(flat)),
         bounds=Bounds(0, 1),
-        constraints=[LinearConstraint(one_each, 1, 1), LinearConstraint((sizes / limit)[None], -np.inf, 1)],
+        constraints=[LinearConstraint(one_each, 1, 1), LinearConstraint((sizes / (limit or 1.0))[None], -np.inf, 1)],
         options={"mip_rel_gap": GAP, "time_limit": SECONDS},
     )
     if found.x is None:

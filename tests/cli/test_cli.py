@@ -174,6 +174,47 @@ def test_a_budget_takes_any_sequences(capsys, model, text, tmp_path, monkeypatch
     assert call(capsys, *words, "--nsamples", nsamples, "--seqlen", seqlen)[0] == 0
 
 
+def test_a_loss_that_is_allowed_decides_the_bytes(capsys, model, text, checkpoint, tmp_path):
+    words = ["--method", "rtn", "--json"]
+    more = [*words, "--data", text, "--nsamples", "4", "--seqlen", "32"]
+    found = {}
+    for most in ("1e-2", "1e-1"):
+        out = tmp_path / most
+        code, said, err = call(capsys, "quantize", model, out, "--max-kl", most, *more)
+        assert code == 0, err
+        made, told = json.loads(said), json.loads((out / "budget.json").read_text())
+        assert told["expected_loss"] <= float(most) * (1 + 1e-6)
+        assert told["lower_bound"] <= told["expected_bytes"] == made["packed"]["packed_bytes"]
+        code, said, err = call(capsys, "plan", model, "--max-kl", most, "--measured", out, *words)
+        assert code == 0, err
+        planned = json.loads(said)
+        assert planned["after"] == made["packed"]["bytes"]
+        assert planned["recipe"]["steps"] == made["recipe"]["steps"]
+        assert planned["mix"]["expected_loss"] == pytest.approx(told["expected_loss"])
+        found[most] = planned["packed_bits"]
+    assert found["1e-2"] > found["1e-1"]
+    folder = ["--measured", tmp_path / "1e-2"]
+    code, said, _ = call(capsys, "plan", model, "--bits", "3.4", *folder, "--method", "rtn")
+    assert code == 0
+    assert "no table of this size has less" in said
+    assert "--method rtn --bits 3.4" in said.splitlines()[-1]
+    refusals = {
+        "acc quantize --max-kl": ["--max-kl", "0.1"],
+        "give one of them": ["--max-kl", "0.1", "--bits", "3"],
+        "give --max-kl, --fit or --bits": [*folder, "--bits", "3"],
+        "is of --method rtn": [*folder, "--max-kl", "0.1", "--method", "gptq"],
+        "are in one of the two runs alone": [*folder, "--max-kl", "0.1", "--method", "rtn", "--ignore", "*down_proj*"],
+        "lose less than": [*folder, "--max-kl", "1e-9", "--method", "rtn"],
+        "no budget.json of acc there": ["--max-kl", "0.1", "--measured", tmp_path],
+    }
+    for reason, given in refusals.items():
+        code, _, err = call(capsys, "plan", model, *given)
+        assert code == 2
+        assert reason in err
+    code, _, err = call(capsys, "plan", checkpoint("mixtral"), *folder, "--max-kl", "0.1", "--method", "rtn")
+    assert "another model" in err
+
+
 def test_settings_of_the_method_are_options(capsys, model, tmp_path):
     code, out, _ = call(capsys, "quantize", model, tmp_path / "a", "--method", "rtn", "--group-size=8", "--json")
     assert code == 0

@@ -95,7 +95,7 @@ def test_the_most_bits_that_fit(capsys, checkpoint):
         code, _, err = call(capsys, "plan", model, *words, f"--fit={wrong}")
         assert code == 2, wrong
         assert "expected a size" in err
-    assert "leave --bits out" in call(capsys, "plan", model, *words, "--fit", "1MB", "--bits", "3")[2]
+    assert "give one of them" in call(capsys, "plan", model, *words, "--fit", "1MB", "--bits", "3")[2]
 
 
 def test_a_recipe_is_planned(capsys, checkpoint):

@@ -11,7 +11,7 @@ import pytest
 import torch
 from acc.calibrate.stream import Stream
 from acc.compress.apply import apply, assign
-from acc.compress.budget import Choice, Part, best_table, divergence, measure
+from acc.compress.budget import Choice, Part, best_table, divergence, measure, smallest_table
 from acc.compress.recipe import Recipe
 from acc.compress.rtn import Rtn
 from acc.formats.source import open_source
@@ -138,6 +138,22 @@ def test_no_other_table_of_that_size_loses_less(seed):
     assert [c.part for c in table.choices] == [choices[0].part for choices in given]
     assert table.loss == pytest.approx(best, rel=1e-3)
     assert table.bound <= best * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_no_smaller_table_loses_as_little(seed):
+    given = options(seed)
+    least = sum(min(c.loss for c in choices) for choices in given)
+    most = sum(max(c.loss for c in choices) for choices in given)
+    limit = least + (most - least) * (seed + 1) / 10
+    table = smallest_table(given, limit)
+    every = [pick for pick in itertools.product(*given) if sum(c.loss for c in pick) <= limit]
+    fewest = min(sum(c.nbytes for c in pick) for pick in every)
+    assert table.loss <= limit * (1 + 1e-6)
+    assert table.nbytes == pytest.approx(fewest, rel=1e-3)
+    assert table.bound <= fewest * (1 + 1e-9)
+    with pytest.raises(ValueError, match="lose less than"):
+        smallest_table(given, 0.99 * least)
 
 
 def test_a_budget_that_cannot_be_met_names_the_least(checkpoint):
