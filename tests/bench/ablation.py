@@ -11,15 +11,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent))
-from quality import ACC, machine, run
+from measure import machine
+from quality import ACC, run
 
 LEAN = ["--stat-group-size", "64", "--outlier-threshold", "0.5"]
+PLAIN = ["--stat-group-size", "64", "--outlier-threshold", "none"]
 WIDE = ["--group-size", "32", "--stat-group-size", "64", "--outlier-threshold", "1.0"]
 RICH = ["--stat-group-size", "16", "--outlier-threshold", "0.2"]
 ROWS: dict[str, list[str]] = {  # without --refine unless it is named
@@ -32,6 +32,9 @@ ROWS: dict[str, list[str]] = {  # without --refine unless it is named
     "lean, refine 16": [*LEAN, "--refine", "16"],
     "lean, rotate heads": [*LEAN, "--rotate", "heads"],
     "lean, rotate residual": [*LEAN, "--rotate", "residual"],
+    "lean, no outliers": PLAIN,
+    "lean, no outliers, rotate residual": [*PLAIN, "--rotate", "residual"],
+    "lean, no outliers, rotate all": [*PLAIN, "--rotate", "all"],
     "groups of 32": WIDE,
     "groups of 32, refine 16": [*WIDE, "--refine", "16"],
 }

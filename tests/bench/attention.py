@@ -17,12 +17,7 @@ the machine does not count. On a GPU the Triton kernels run, in bfloat16, betwee
 from __future__ import annotations
 
 import argparse
-import datetime
-import importlib
-import importlib.metadata
-import importlib.util
 import json
-import platform
 import statistics
 import sys
 import time
@@ -33,27 +28,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from measure import acc_module, machine
 
-ROOT = Path(__file__).parents[2]
 SHAPES = {"cpu": (8, 2, 64, torch.float32), "cuda": (32, 8, 128, torch.bfloat16)}  # heads, key heads, head_dim, type
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 SINK, RECENT = 128, 1024
 # share of the length: columns, and distances, of which three quarters are the nearest and the rest lies in bands
 VERTICAL_SLASH = [(1 / 64, 1 / 16), (1 / 32, 1 / 8)]
 BLOCKS = [1 / 16, 1 / 8]  # share of the blocks of keys
-
-
-def acc_module(name: str):
-    """A module of this repository's kernels, whatever the repository's folder is called and installed or not."""
-    if "acc" not in sys.modules:
-        spec = importlib.util.spec_from_file_location(
-            "acc", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)]
-        )
-        assert spec is not None
-        assert spec.loader is not None
-        sys.modules["acc"] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules["acc"])
-    return importlib.import_module(f"acc.kernels.{name}")
 
 
 # Times
@@ -235,19 +217,6 @@ def line(case: dict) -> str:
     return text + (f", index {case['index_seconds']:.4f} s" if "index_seconds" in case else "")
 
 
-def machine(device: str) -> dict:
-    """What the figures depend on."""
-    versions = {"python": platform.python_version(), "torch": torch.__version__}
-    if importlib.util.find_spec("triton") is not None:
-        versions["triton"] = importlib.metadata.version("triton")
-    gpu = torch.cuda.get_device_name() if device == "cuda" else None
-    threads = torch.get_num_threads()
-    return {
-        "gpu": gpu, "processor": platform.machine(), "threads": threads, "versions": versions,
-        "date": str(datetime.date.today()),
-    }  # fmt: skip
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
@@ -261,7 +230,7 @@ def main() -> None:
     torch.set_num_threads(1)  # of which the processor's seconds are counted
     heads, key_heads, width, dtype = SHAPES[device]
     limit = matrix_product(device, dtype, arguments.repetitions)
-    whole: dict = {"machine": machine(device), "product_gflop_per_s": round(limit / 1e9, 1), "dtype": str(dtype)}
+    whole: dict = {"machine": machine(), "product_gflop_per_s": round(limit / 1e9, 1), "dtype": str(dtype)}
     whole |= {"heads": heads, "key_heads": key_heads, "head_dim": width, "repetitions": arguments.repetitions}
     whole["prefill"] = []
     print(f"a large matrix product: {whole['product_gflop_per_s']} GFLOP/s")
@@ -275,5 +244,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.path.pop(0)  # this file's folder
     main()

@@ -15,12 +15,7 @@ what a large copy reached in the same run.
 from __future__ import annotations
 
 import argparse
-import datetime
-import importlib.metadata
-import importlib.util
 import json
-import platform
-import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -31,34 +26,13 @@ import torch
 import torch.nn.functional as F
 from acc.kernels.attention_label import attention_label
 from acc.kernels.base import pick
+from measure import copy_bandwidth, gpu_seconds, machine
 
 # channels as a share of the head, bits: at 16 bits of a key the first two take 1/16 of its bytes
 LABELS = [(1 / 16, 16), (1 / 4, 4), (1 / 8, 8), (1 / 4, 8), (1 / 2, 4), (1 / 4, 16)]
 SHARE = 16  # of the tokens one in 16 is attended to
 SINK, RECENT = 4, 32
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
-
-
-def gpu_seconds(function: Callable[[], object], calls: int, graph: bool = True) -> float:
-    """Median of replays, the L2 cache overwritten before each."""
-    for _ in range(3):
-        function()
-    if graph:
-        captured = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(captured):
-            function()
-        function = captured.replay
-    flush = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
-    times = []
-    for _ in range(calls):
-        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        flush.zero_()
-        start.record()
-        function()
-        stop.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(stop) / 1000)
-    return statistics.median(times)
 
 
 def cpu_seconds(function: Callable[[], object], calls: int, graph: bool = True) -> float:
@@ -70,13 +44,6 @@ def cpu_seconds(function: Callable[[], object], calls: int, graph: bool = True) 
         function()
         times.append(time.thread_time() - started)
     return min(times)
-
-
-def copy_bandwidth(device: str, seconds: Callable, calls: int) -> float:
-    """GB/s, read and written, of a copy of 512 MiB."""
-    source = torch.zeros(512 << 20, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    return 2 * source.numel() / seconds(lambda: target.copy_(source), calls, graph=False) / 1e9
 
 
 def dense_grouped(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
@@ -175,16 +142,6 @@ def line(case: dict, dense: dict) -> str:
     return text + f" ({case['share_of_copy']:.0%} of a copy)"
 
 
-def machine(device: str) -> dict:
-    """What the figures depend on."""
-    versions = {"python": platform.python_version(), "torch": torch.__version__}
-    if importlib.util.find_spec("triton") is not None:
-        versions["triton"] = importlib.metadata.version("triton")
-    gpu = torch.cuda.get_device_name() if device == "cuda" else None
-    found = {"gpu": gpu, "processor": platform.machine(), "threads": torch.get_num_threads(), "versions": versions}
-    return found | {"date": str(datetime.date.today())}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
@@ -202,10 +159,10 @@ def main() -> None:
     torch.manual_seed(0)
     if device == "cpu":
         torch.set_num_threads(1)
-    copy = copy_bandwidth(device, seconds, arguments.calls)
+    copy = copy_bandwidth(partial(seconds, calls=arguments.calls), device, 512)
     print(f"a copy of 512 MiB: {copy:.1f} GB/s")
     whole: dict = {
-        "machine": machine(device), "dtype": str(dtype).removeprefix("torch."), "batch": arguments.batch,
+        "machine": machine(), "dtype": str(dtype).removeprefix("torch."), "batch": arguments.batch,
         "heads": heads, "kv_heads": kv_heads, "head_dim": dim, "copy_gb_per_s": round(copy, 2), "lengths": [],
     }  # fmt: skip
     for length in arguments.lengths:
@@ -228,5 +185,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.path.pop(0)  # this file's folder
     main()

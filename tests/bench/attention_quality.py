@@ -30,9 +30,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-
-sys.path.insert(0, str(Path(__file__).parent))
 from acc.calibrate.evaluate import evaluate, windows
 from acc.calibrate.head_search import choose
 from acc.calibrate.heads import Heads
@@ -45,7 +42,8 @@ from acc.formats.attention_plan import AttentionPlan
 from acc.formats.calibration import Calibration
 from acc.formats.patterns import DENSE, VERTICAL_SLASH
 from acc.formats.source import open_source
-from quality import machine
+from measure import machine
+from torch import Tensor
 
 
 class Curves:

@@ -10,12 +10,10 @@ that are in the output file with the same settings are not made again.
 from __future__ import annotations
 
 import argparse
-import datetime
 import importlib.metadata
 import importlib.util
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -23,6 +21,8 @@ import threading
 import time
 from pathlib import Path
 from typing import Any
+
+from measure import machine
 
 ACC = Path(sys.executable).with_name("acc")
 METHODS = {
@@ -135,20 +135,6 @@ def extrapolated(rows: list[dict[str, Any]], whole: int) -> dict[str, Any]:
         "growth_gib": round(long["peak_gib"]["resident"] - short["peak_gib"]["resident"], 2),
         "processor_seconds_per_block": round(each, 1),
         "processor_hours": round((long["seconds"]["processor"] + each * (whole - long["blocks"])) / 3600, 2),
-    }
-
-
-def machine() -> dict[str, Any]:
-    """What the figures depend on."""
-    names = ("acc-toolkit", "torch", "transformers", "safetensors")
-    return {
-        "python": platform.python_version(),
-        "processor": platform.machine(),
-        "cores": os.cpu_count(),
-        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30),
-        "threads": os.environ.get("OMP_NUM_THREADS", "all"),
-        "versions": {name: importlib.metadata.version(name) for name in names},
-        "date": datetime.date.today().isoformat(),
     }
 
 

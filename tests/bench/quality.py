@@ -13,11 +13,8 @@ number of refinement steps, and any row of ROWS.
 from __future__ import annotations
 
 import argparse
-import datetime
-import importlib.metadata
 import json
 import os
-import platform
 import re
 import resource
 import subprocess
@@ -31,6 +28,7 @@ from acc.calibrate.stream import Stream
 from acc.calibrate.text import load_tokens
 from acc.cli.base import tokenizer_of
 from acc.formats.source import open_source
+from measure import machine
 
 ACC = Path(sys.executable).with_name("acc")
 # The settings of the SpQR authors' run: groups of 16, 3-bit statistics shared by 16 rows, threshold 0.2, damping 1,
@@ -64,10 +62,11 @@ FAMILY = {
     "gptq": ["gptq"],
     "gptq unrefined": ["gptq", "--refine", "0"],
     "lut-gemm": ["lut-gemm"],
+    "lut-gemm unrefined": ["lut-gemm", "--refine", "0"],
     "lut-gemm plain": ["lut-gemm", "--activation-aware", "false"],
     "spqr": ["spqr", "--outlier-threshold", "1.0"],
 }
-TOGETHER = 3  # rows that are scored at once
+TOGETHER = 4  # rows that are scored at once
 
 
 def run(command: list[str]) -> tuple[dict, float, float]:
@@ -117,20 +116,6 @@ def score(arguments: argparse.Namespace, folders: list[Path]) -> list[dict]:
     ids = load_tokens(arguments.eval, tokenizer_of(base), chat_template="auto").ids
     streams = [Stream(open_source(folder)) for folder in folders]
     return evaluate_all(streams, Stream(base), windows(ids, arguments.window, arguments.windows))
-
-
-def machine() -> dict:
-    """What the figures depend on."""
-    names = ("acc-toolkit", "torch", "transformers", "safetensors")
-    return {
-        "python": platform.python_version(),
-        "processor": platform.machine(),
-        "cores": os.cpu_count(),
-        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30),
-        "threads": os.environ.get("OMP_NUM_THREADS", "all"),
-        "versions": {name: importlib.metadata.version(name) for name in names},
-        "date": datetime.date.today().isoformat(),
-    }
 
 
 def main() -> None:

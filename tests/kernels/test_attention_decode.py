@@ -21,17 +21,7 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 TOLERANCE = {torch.float32: 3e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}  # of a rounding to that type
 STEP = ["attention_label", "attention_select", "chosen", "attention_gather"]
 
-
-@pytest.fixture(autouse=True)
-def poison(monkeypatch):
-    """Memory that nobody wrote holds NaN, or the greatest integer."""
-
-    def fill(tensor):
-        return tensor.fill_(torch.nan if tensor.is_floating_point() else torch.iinfo(tensor.dtype).max)
-
-    plain, new = torch.empty, torch.Tensor.new_empty
-    monkeypatch.setattr(torch, "empty", lambda *a, **k: fill(plain(*a, **k)))
-    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *a, **k: fill(new(*a, **k)))
+pytestmark = pytest.mark.usefixtures("poison")
 
 
 def random(*shape, seed=0):

@@ -8,17 +8,7 @@ from acc.kernels.base import pick
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
 
-
-@pytest.fixture(autouse=True)
-def poison(monkeypatch):
-    """Memory that nobody wrote holds NaN, or the greatest integer."""
-    new = torch.Tensor.new_empty
-
-    def filled(*arguments, **settings):
-        tensor = new(*arguments, **settings)
-        return tensor.fill_(torch.nan if tensor.is_floating_point() else torch.iinfo(tensor.dtype).max)
-
-    monkeypatch.setattr(torch.Tensor, "new_empty", filled)
+pytestmark = pytest.mark.usefixtures("poison")
 
 
 def inputs(batch, heads, key_heads, rows, keys, width, value_width=None, dtype=torch.float32):

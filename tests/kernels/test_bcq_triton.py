@@ -9,17 +9,7 @@ from acc.kernels.base import pick
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 
-
-@pytest.fixture(autouse=True)
-def poison(monkeypatch):
-    """Memory that nobody wrote holds NaN, or the greatest integer."""
-
-    def fill(tensor):
-        return tensor.fill_(torch.nan if tensor.is_floating_point() else torch.iinfo(tensor.dtype).max)
-
-    plain, new = torch.empty, torch.Tensor.new_empty
-    monkeypatch.setattr(torch, "empty", lambda *a, **k: fill(plain(*a, **k)))
-    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *a, **k: fill(new(*a, **k)))
+pytestmark = pytest.mark.usefixtures("poison")
 
 
 def made(shape, bits=3, group_size=32, scales="free", scale_dtype="float16", seed=0):

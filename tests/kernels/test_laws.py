@@ -27,21 +27,6 @@ def packed(method, rows, columns, **settings):
     return chosen.compress(weight, chosen.prepare(statistics, lambda *_, **__: None), lambda *_, **__: None)
 
 
-@pytest.fixture
-def poison(monkeypatch):
-    """Memory that nobody wrote holds NaN, or the greatest integer."""
-    plain = {name: getattr(torch, name) for name in ("empty", "empty_like")}
-
-    def fill(tensor):
-        worst = torch.nan if tensor.is_floating_point() else torch.iinfo(tensor.dtype).max
-        return tensor.fill_(worst) if tensor.dtype != torch.bool else tensor
-
-    for name, function in plain.items():
-        monkeypatch.setattr(torch, name, lambda *a, f=function, **k: fill(f(*a, **k)))
-    new = torch.Tensor.new_empty
-    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *a, **k: fill(new(*a, **k)))
-
-
 @pytest.mark.parametrize("way", ON_CPU)
 @pytest.mark.parametrize("method", listing("compress", "Method"))
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

@@ -11,12 +11,12 @@ import torch
 from acc.formats.grouped import GroupedWeight
 from acc.formats.spqr import SpQRWeight
 
-PATH = Path(__file__).parents[1] / "bench" / "kernels.py"
+PATH = Path(__file__).parents[1] / "bench" / "products.py"
 
 
 @pytest.fixture(scope="module")
 def bench():
-    spec = importlib.util.spec_from_file_location("bench_kernels", PATH)
+    spec = importlib.util.spec_from_file_location("bench_products", PATH)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 
-SCRIPT = """
+HEAD = """
 import sys
 import torch
 from triton.backends.compiler import GPUTarget
@@ -34,11 +34,17 @@ class Compiled:
     def __init__(self, kernel): self.kernel = kernel
     def __getitem__(self, grid): return self.launch
     def launch(self, **arguments):
-        ptx = self.kernel.warmup(grid=(1,), **arguments).asm["ptx"]
-        print(self.kernel.__name__, "mma" in ptx, "ld.global.v4" in ptx)
+        kernel = self.kernel.warmup(grid=(1,), **arguments)
+        ptx = kernel.asm["ptx"]
+        print(self.kernel.__name__, "mma" in ptx, "ld.global.v4" in ptx, kernel.metadata.shared)
 
 
 driver.set_active(NoGPU())
+"""
+
+PRODUCT = (
+    HEAD
+    + """
 from acc.kernels import launch_triton
 from acc.kernels.packing import pack
 
@@ -59,10 +65,10 @@ ends = torch.tensor([9, 16], dtype=torch.int32)
 stacked = [[torch.cat([kind[0]] * 2)] for kind in spqr]
 launch_triton.packed_product(torch.zeros(16, columns, dtype=torch.float16), ends, *stacked, 3, 16, 3, 3, 16)
 """
-
+)
 
 PLANES = (
-    SCRIPT.partition("from acc.kernels import launch_triton")[0]
+    HEAD
     + """
 from acc.kernels import bcq_triton
 
@@ -80,7 +86,7 @@ for tokens, stored, group in ((1, free, 128), (16, codes8, 128), (1, even, 16), 
 )
 
 DECODE = (
-    SCRIPT.partition("from acc.kernels import launch_triton")[0]
+    HEAD
     + """
 from acc.kernels import attention_gather_triton, attention_label_triton, attention_select_triton, chosen_triton
 
@@ -108,8 +114,25 @@ chosen_triton.chosen_op(torch.zeros(1, 8, 4096), 200, 4, 32)
 )
 
 
+ATTENTION = (
+    HEAD
+    + """
+from acc.kernels import attention_sparse_triton, attention_streaming_triton
+from acc.kernels.attention_index import streaming_index
+
+attention_sparse_triton.sparse_kernel = Compiled(attention_sparse_triton.sparse_kernel)
+attention_streaming_triton.streaming_kernel = Compiled(attention_streaming_triton.streaming_kernel)
+query = torch.zeros(1, 2, 128, 128, dtype=torch.bfloat16)
+ones = torch.ones(2, dtype=torch.int32)
+attention_streaming_triton.streaming(query, query[:, :1], query[:, :1], ones[:1], ones[:1], 1.0)
+attention_sparse_triton.sparse(query, query[:, :1], query[:, :1], *streaming_index(ones, ones, 128, 128), 1.0)
+"""
+)
+
+
 def compiled(script, tmp_path):
-    """For each launch the kernel's name, whether it multiplies on tensor cores, and whether it reads words by fours."""
+    """For each launch the kernel's name, whether it multiplies on tensor cores, whether it reads words by fours, and
+    the bytes of shared memory that it needs."""
     environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
     done = subprocess.run(
         [sys.executable, "-c", script, "90"], env=environment, capture_output=True, text=True, cwd=tmp_path
@@ -120,7 +143,7 @@ def compiled(script, tmp_path):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU the other tests compile them")
 def test_compiles_for_a_gpu_that_is_not_here(tmp_path):
-    kernels = compiled(SCRIPT, tmp_path)
+    kernels = compiled(PRODUCT, tmp_path)
     assert [name for name, *_ in kernels] == [
         "vector_kernel", "finish_kernel", "gather_kernel", "tile_kernel", "finish_kernel"
     ]  # fmt: skip
@@ -132,7 +155,7 @@ def test_compiles_for_a_gpu_that_is_not_here(tmp_path):
 def test_bit_planes_compile_for_a_gpu_that_is_not_here(tmp_path):
     kernels = [line for line in compiled(PLANES, tmp_path) if line[0] != "finish_kernel"]
     assert [name for name, *_ in kernels] == ["vector_kernel", "tile_kernel"] * 2
-    assert all(on_tensor_cores == "True" for name, on_tensor_cores, _ in kernels if name == "tile_kernel")
+    assert all(on_tensor_cores == "True" for name, on_tensor_cores, *_ in kernels if name == "tile_kernel")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU the other tests compile them")
@@ -140,5 +163,14 @@ def test_sparse_decoding_compiles_for_a_gpu_that_is_not_here(tmp_path):
     kernels = compiled(DECODE, tmp_path)
     names = ["label_kernel", "mass_kernel", "score_kernel", "gather_kernel", "merge_kernel"]
     assert [name for name, *_ in kernels] == names * 4 + ["digit_kernel"] * 3 + ["count_kernel", "place_kernel"]
-    for name, on_tensor_cores, _ in kernels[:15]:  # the others are in float32, whose products are exact
+    for name, on_tensor_cores, *_ in kernels[:15]:  # the others are in float32, whose products are exact
         assert (on_tensor_cores == "True") == (name in ("mass_kernel", "score_kernel", "gather_kernel")), name
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU the other tests compile them")
+def test_sparse_prefill_compiles_for_a_gpu_that_is_not_here(tmp_path):
+    kernels = compiled(ATTENTION, tmp_path)
+    assert [name for name, *_ in kernels] == ["streaming_kernel", "sparse_kernel"]
+    for _, on_tensor_cores, _, shared in kernels:
+        assert on_tensor_cores == "True"
+        assert int(shared) <= 99 << 10  # what a program may have on the smallest GPUs

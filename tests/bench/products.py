@@ -2,7 +2,7 @@
 
 On a machine with a GPU this one command measures everything and writes tests/bench/results/kernels-<gpu>.json:
 
-    python tests/bench/kernels.py
+    python tests/bench/products.py
 
 Each case is first compared with its torch definition, and only then timed: the median of CUDA events around
 one replayed CUDA graph, the L2 cache overwritten before each. Beside each time stand the bytes that had to be read, as
@@ -14,19 +14,16 @@ alone. Needs torch, triton and this repository, nothing else.
 from __future__ import annotations
 
 import argparse
-import datetime
 import importlib.metadata
 import importlib.util
 import json
-import platform
-import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from measure import acc_module, copy_bandwidth, gpu_seconds, machine
 
-ROOT = Path(__file__).parents[2]
 SHAPES = ["4096x4096", "14336x4096", "4096x14336", "8192x28672", "576x576", "1536x576", "576x1536"]
 FORMATS = ["spqr", "grouped"]
 GROUP_SIZE = {"spqr": 16, "grouped": 128}
@@ -34,19 +31,6 @@ STATISTICS = {"scale_bits": 3, "zero_bits": 3, "stat_group_size": 16}
 OUTLIERS = 0.01  # their share
 TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 1e-2}  # of a tile's rounding to that type
 NO_GPU = "no GPU here: bytes and operations only; speeds need a GPU"
-
-
-def acc_module(name: str):
-    """A module of this repository's kernels, whatever the repository's folder is called and installed or not."""
-    if "acc" not in sys.modules:
-        spec = importlib.util.spec_from_file_location(
-            "acc", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)]
-        )
-        assert spec is not None
-        assert spec.loader is not None
-        sys.modules["acc"] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules["acc"])
-    return importlib.import_module(f"acc.kernels.{name}")
 
 
 # Weights
@@ -114,48 +98,19 @@ def counted(bytes_: int, rows: int, columns: int, tokens: int) -> dict[str, floa
 # Times
 
 
-def median_ms(function: Callable[[], object], graph: bool = True, repeats: int = 30) -> float:
-    """Milliseconds of one call, with a cold L2 cache."""
-    for _ in range(3):
-        function()
-    if graph:
-        captured = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(captured):
-            function()
-        function = captured.replay
-    flush = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
-    times = []
-    for _ in range(repeats):
-        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        flush.zero_()
-        start.record()
-        function()
-        stop.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(stop))
-    return statistics.median(times)
-
-
-def copy_bandwidth() -> float:
-    """GB/s, read and written, of a copy of 1 GiB."""
-    source = torch.zeros(1 << 30, dtype=torch.uint8, device="cuda")
-    target = torch.empty_like(source)
-    return 2 * source.numel() / median_ms(lambda: target.copy_(source), graph=False) / 1e6
-
-
 def nf4_ms(x: torch.Tensor, dense: torch.Tensor) -> float | None:
     """The same product by bitsandbytes, in groups of 64; not as a graph. None where it is not installed."""
     if importlib.util.find_spec("bitsandbytes") is None:
         return None
     bitsandbytes = importlib.import_module("bitsandbytes")
     packed, state = bitsandbytes.functional.quantize_4bit(dense, quant_type="nf4")
-    return median_ms(lambda: bitsandbytes.matmul_4bit(x, packed.t(), state), graph=False)
+    return 1e3 * gpu_seconds(lambda: bitsandbytes.matmul_4bit(x, packed.t(), state), graph=False)
 
 
 def timed(case: dict, function: Callable, x: torch.Tensor, weight: dict, dense: torch.Tensor, copy: float) -> dict:
     """Adds the speeds to a case whose result is right."""
-    ms = median_ms(lambda: function(x, **weight))
-    dense_ms, four_ms = median_ms(lambda: x @ dense.T), nf4_ms(x, dense)
+    ms, dense_ms = (1e3 * gpu_seconds(call) for call in (lambda: function(x, **weight), lambda: x @ dense.T))
+    four_ms = nf4_ms(x, dense)
     speed = case["bytes"] / ms / 1e6
     case |= {"ms": round(ms, 5), "gb_per_s": round(speed, 1), "share_of_copy": round(speed / copy, 3)}
     case |= {"tflop_per_s": round(case["operations"] / ms / 1e9, 1), "dense_ms": round(dense_ms, 5)}
@@ -202,16 +157,6 @@ def line(case: dict) -> str:
     return text
 
 
-def machine() -> dict:
-    """What the figures depend on."""
-    versions = {"python": platform.python_version(), "torch": torch.__version__}
-    for name in ("triton", "bitsandbytes"):
-        if importlib.util.find_spec(name) is not None:
-            versions[name] = importlib.metadata.version(name)
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {"gpu": gpu, "processor": platform.machine(), "versions": versions, "date": str(datetime.date.today())}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path)
@@ -226,7 +171,7 @@ def main() -> None:
     out = arguments.out or results / f"kernels-{name}.json"
     whole: dict = {"machine": machine(), "dtype": arguments.dtype, "outliers": OUTLIERS, "cases": []}
     if gpu:
-        whole["copy_gb_per_s"] = round(copy_bandwidth(), 1)
+        whole["copy_gb_per_s"] = round(copy_bandwidth(gpu_seconds), 1)
         print(f"a copy of 1 GiB: {whole['copy_gb_per_s']} GB/s")
     else:
         whole["note"] = NO_GPU
@@ -249,5 +194,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.path.pop(0)  # this file's folder: bitsandbytes looks for a package called kernels
     main()
