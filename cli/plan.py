@@ -82,20 +82,21 @@ def plan(
     rewritten = wanted.rewrite(source)
     stream = Stream(rewritten, dtype=check_dtype(wanted.dtype))
     tried: dict[int, int] = {}
-    asked, table = wanted, None
+    asked, table, tries = wanted, None, 1
     if measured is not None:
-        wanted, table = _by_measure(measured, source, wanted, stream, bits, fit, max_kl)
+        wanted, table, tries = _by_measure(measured, source, wanted, stream, bits, fit, max_kl)
     elif fit is not None:
         wanted, tried = _fitting(wanted, stream, parse_size(fit), fit)
     chosen = assign(wanted, stream)
     after, choices = sizes(chosen, stream), [chosen]
     if mixed is not None:
         after, choices = _mixed(mixed, wanted.steps[0], chosen, stream)
+        tries = len(choices)
     result: dict[str, Any] = _bytes_of(source, rewritten, chosen, after) | {"recipe": wanted.to_dict()}
     if fit is not None and table is None:
         left = parse_size(fit) - (result["after"] - result["packed_after"])
         result["fit"] = {"limit": parse_size(fit), "bytes": tried, "mixed_bits": 8 * left / result["packed_parameters"]}
-    result |= _cost(wanted, stream, chosen, source, after, batch, len(choices)) | {"disk": _disk(source, after, out)}
+    result |= _cost(wanted, stream, chosen, source, after, batch, tries) | {"disk": _disk(source, after, out)}
     result["engines"] = _engines(source, [planned_entries(each, stream) for each in choices])
     result["mixed"] = mixed
     if table is not None:
@@ -123,8 +124,9 @@ def _by_measure(
     bits: float | None,
     fit: str | None,
     max_kl: float | None,
-) -> tuple[Recipe, tuple[Table, bool]]:
-    """The recipe of the best mix by what another run measured; its table, and whether losses are the logits'.
+) -> tuple[Recipe, tuple[Table, bool], int]:
+    """The recipe of the best mix by what another run measured; its table, and whether losses are the logits'; how
+    many settings were tried.
 
     Raises ValueError where that run looked at other tensors, or at another method, than these."""
     from ..compress.apply import assign
@@ -144,7 +146,7 @@ def _by_measure(
     budget = Budget(bits=bits, fit=None if fit is None else parse_size(fit), max_kl=max_kl)
     limit, _ = budget.limit(stream.source, chosen)
     table = budget.table(options, limit)
-    return recipe.model_copy(update={"steps": tuple(table.steps())}), (table, scaled)
+    return recipe.model_copy(update={"steps": tuple(table.steps())}), (table, scaled), len(options[0])
 
 
 def _one_step(
@@ -253,9 +255,9 @@ def _cost(
     source: Source,
     after: dict[str, int],
     batch: int,
-    choices: int,
+    tries: int,
 ) -> dict[str, Any]:
-    """Estimates of memory and time; of several `choices` a mix is made, for which each is measured first."""
+    """Estimates of memory and time; of several settings that are tried a mix is made, for which each is measured."""
     import os
 
     from ..compress.estimate import Shapes, duration, measure, memory, probing, work
@@ -268,8 +270,8 @@ def _cost(
     before = sum(source.info(name).nbytes for name in source.names())
     speed = measure(recipe, stream.dtype)
     seconds = duration(work(shapes, before, sum(after.values()), tokens), speed)
-    if choices > 1:
-        seconds["measure"] = choices * seconds.get("solve", 0.0) + probing(shapes, choices, PROBE, TOKENS, speed)
+    if tries > 1:
+        seconds["measure"] = tries * seconds.get("solve", 0.0) + probing(shapes, tries, PROBE, TOKENS, speed)
     machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else None
     return {
         "tokens": tokens,
