@@ -1,5 +1,7 @@
 """Bit planes on disk: read by an independent reader, exact for even grids, usable plane by plane."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -233,3 +235,32 @@ def test_grids_are_told_only_of_even_planes():
     assert made((4, 40)).grid() is None
     assert made((4, 40), scales="codes").grid() is None
     assert made((4, 40), scales="even").grid() is not None
+
+
+@pytest.mark.parametrize(("bits", "group_size", "scales"), [(3, 16, "free"), (2, 32, "codes"), (1, -1, "free")])
+def test_levels_rise_and_the_nearest_place_is_the_nearest_level(bits, group_size, scales):
+    """By trying: every value that a group's signs can make, and for random weights the one that is nearest."""
+    packed = made((6, 40), bits, group_size, scales)
+    levels, dense = packed.levels(), packed.dequantize()
+    width = 40 if group_size == -1 else group_size
+    weight = dense.mean() + dense.std() * torch.randn(6, 40, generator=torch.Generator().manual_seed(3))
+    place = levels.places(weight).round().clamp(0, levels.top).long()
+    for row in range(6):
+        for column in range(40):
+            group = column // width
+            values = levels.levels[group, :, row]
+            assert (values.diff() >= 0).all()
+            assert values[levels.codes[row, column].long()] == dense[row, column]
+            nearest = (values - weight[row, column]).abs()
+            assert nearest[place[row, column]] == nearest.min()
+    again = packed.with_codes(torch.full((6, 40), levels.top, dtype=torch.uint8)).dequantize()
+    expected = levels.levels[:, -1].T.repeat_interleave(width, 1)[:, :40]
+    assert torch.equal(again, expected), "the last code is the greatest value"
+
+
+def test_a_group_of_one_value_keeps_its_codes():
+    packed = made((4, 40))
+    packed = replace(packed, scale=torch.zeros_like(packed.scale))
+    levels = packed.levels()
+    assert torch.equal(levels.places(torch.randn(4, 40)), levels.codes.float())
+    assert torch.equal(levels.weights(levels.codes), packed.dequantize())
