@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     from .ui import Screen
 
 MANY = 4  # steps, beyond which they are not shown one by one
-REFINE_TOKENS = 2048  # of one step of learned rounding
 HUB_TEXT = "hf:allenai/c4:en:validation"
 
 
@@ -86,6 +85,7 @@ def pack(
     """
     from ..calibrate.stream import Stream
     from ..compress.apply import apply, assign
+    from ..compress.refine import STEP_TOKENS
     from ..formats.source import open_source
     from ..formats.store import Store
     from .base import bits_of, show_text
@@ -102,7 +102,7 @@ def pack(
         show_text(screen, text)
     batches: list[Any] = []
     if text is not None:
-        tokens = min(batch, REFINE_TOKENS) if recipe.refine else batch
+        tokens = min(batch, STEP_TOKENS) if recipe.refine else batch
         batches = list(text.batches.split(max(1, tokens // recipe.calibration.seqlen)))
     again = f"acc {_command(source.spec, folder)} --resume"
     try:

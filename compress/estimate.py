@@ -17,6 +17,7 @@ from ..registry import lookup
 from .apply import STATISTICS_BYTES, TOGETHER
 from .base import Method
 from .recipe import Recipe, Step
+from .refine import STEP_TOKENS
 
 # Memory. Measured with one thread: `acc inspect demo` takes 0.45 GiB; the rest is fitted to tests/bench/results/
 # memory.json and smollm2-135m.json, which it meets within 30%; a small model's learned rounding may take twice as much.
@@ -31,7 +32,6 @@ REFINE = 10  # bytes for each weight of a block while its rounding is learned
 EFFICIENCY = 0.9
 SOLVING = 1.5
 START = 6.0  # seconds until the first block
-REFINE_TOKENS = 2048  # of one step
 _LEAVES = re.compile(r"o_|out_|down_|c_proj|dense|fc2|w2")
 PARTS = 4  # of a block, that get settings of their own in a mix: q, k, v; o; gate, up; down
 
@@ -115,7 +115,7 @@ def memory(shapes: Shapes, after: Mapping[str, int], tokens: int, batch: int) ->
     `after` as `sizes` gives them. Hidden states are in memory."""
     recipe, stream, seqlen = shapes.recipe, shapes.stream, shapes.recipe.calibration.seqlen
     size, refine = stream.dtype.itemsize, recipe.refine > 0
-    once = min(max(min(batch, REFINE_TOKENS) if refine else batch, seqlen), tokens)
+    once = min(max(min(batch, STEP_TOKENS) if refine else batch, seqlen), tokens)
     carried = (2 if refine else 1) * tokens * shapes.hidden * size
     found = {"observe": 0.0, "solve": 0.0, "refine": 0.0, "check": 4.0 * shapes.outer}
     for index, block in enumerate(shapes.blocks):
@@ -154,7 +154,7 @@ def work(shapes: Shapes, before: int, after: int, tokens: int) -> Work:
             2 * shapes.active(index) + 2 * seqlen * shapes.attention
         )  # operations for a token; half a square of scores
         forward += max(passes, 0) * tokens * each
-        steps = recipe.refine * min(REFINE_TOKENS, tokens) if tokens else 0
+        steps = recipe.refine * min(STEP_TOKENS, tokens) if tokens else 0
         refine += 3.2 * steps * each  # a backward takes two forwards; before and after, a few batches are measured
         for features, share in shapes.inputs(block).values():
             statistics += share * tokens * features**2

@@ -16,7 +16,7 @@ from ..formats.base import Grid, Levels, PackedWeight
 from ..formats.model import Matrix
 
 REACH = 0.5  # about twice as far as all steps together move a weight, in steps of its grid
-
+STEP_TOKENS = 2048  # of one step: the batches that a run is cut into
 MEASURED = 4  # batches, spread over all, that tell whether it helped
 
 
