@@ -6,8 +6,8 @@ Each row is made by `acc quantize` in a process of its own (so that time and pea
 scored together, as `acc eval --base` does it one by one, so that the dense model runs once for all of them. Only the
 decoder's linear layers are quantised. Rows that are in the output file are not made again.
 
-`--rows "gptq 3, groups of 64"` may name any method of FAMILY at any bits and groups, with ", refine 12" at the end any
-number of refinement steps, and any row of ROWS.
+`--rows "gptq 3, groups of 64"` may name any method of FAMILY at any bits and groups, followed by ", refine 12" for any
+number of refinement steps or ", rotate heads" for a rotation, and any row of ROWS.
 """
 
 from __future__ import annotations
@@ -87,12 +87,12 @@ def options_of(name: str) -> list[str]:
     """The options of `acc quantize` that a row is made with: its method, its bits, then others."""
     if name in ROWS:
         return ROWS[name]
-    found = re.fullmatch(r"(.+) (\d), groups of (\d+)(?:, refine (\d+))?", name)
+    found = re.fullmatch(r"(.+) (\d), groups of (\d+)((?:, (?:refine|rotate) \w+)*)", name)
     if found is None or found[1] not in FAMILY:
         sys.exit(f"there is no row {name!r}")
     method, *others = FAMILY[found[1]]
-    refine = ["--refine", found[4]] if found[4] else []
-    return [method, found[2], "--group-size", found[3], *others, *refine]
+    more = [f"--{word}" if word in ("refine", "rotate") else word for word in re.findall(r"\w+", found[4])]
+    return [method, found[2], "--group-size", found[3], *others, *more]
 
 
 def make(arguments: argparse.Namespace, out: Path, method: str, bits: str, *options: str) -> dict:
