@@ -203,7 +203,7 @@ class Plain(Runtime):
 @pytest.fixture
 def plain(monkeypatch):
     """A runtime called `plain`."""
-    monkeypatch.setattr(runtimes, "listing", lambda folder, base: {"runtime_plain": "A runtime."})
+    monkeypatch.setattr(runtimes, "typed", lambda folder, base, prefix: {"plain": "A runtime."})
     monkeypatch.setattr(runtimes, "lookup", lambda folder, name, base: Plain)
 
 
