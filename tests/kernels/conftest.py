@@ -7,8 +7,9 @@ def poison(monkeypatch):
     """Memory that nobody wrote holds NaN, or the greatest integer."""
 
     def fill(tensor):
-        worst = torch.nan if tensor.is_floating_point() else torch.iinfo(tensor.dtype).max
-        return tensor.fill_(worst) if tensor.dtype != torch.bool else tensor
+        if tensor.dtype == torch.bool:
+            return tensor.fill_(True)
+        return tensor.fill_(torch.nan if tensor.is_floating_point() else torch.iinfo(tensor.dtype).max)
 
     def poisoned(plain):
         return lambda *arguments, **settings: fill(plain(*arguments, **settings))
