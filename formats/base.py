@@ -70,8 +70,7 @@ class Levels(NamedTuple):
 
     def weights(self, codes: Tensor) -> Tensor:
         """Codes `[O, I]`, floats -> weights `[O, I]`."""
-        parts = codes.split(self.group_size, 1)
-        return torch.cat([of.gather(0, own.T.long()) for of, own in zip(self.levels, parts, strict=True)]).T
+        return look_up(self.levels, codes, self.group_size)
 
     def places(self, weight: Tensor) -> Tensor:
         """The inverse as real numbers: in proportion between two levels, so that the nearest integer is the nearest
@@ -88,6 +87,12 @@ class Levels(NamedTuple):
     def slopes(self, gradient: Tensor) -> Tensor:
         """The sign of a gradient `[O, I]` by the weights: as levels rise, it is that by the codes."""
         return gradient.sign()
+
+
+def look_up(table: Tensor, codes: Tensor, group_size: int) -> Tensor:
+    """What codes `[O, I]` mean in the table `[G, n, O]` of their group and row, `[O, I]`."""
+    parts = codes.split(group_size, 1)
+    return torch.cat([of.gather(0, own.T.long()) for of, own in zip(table, parts, strict=True)]).T
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..kernels.base import Product, product
 from ..kernels.bcq import bcq_weight, pack_planes, plane_scales, unpack_planes
 from ..kernels.packing import CHUNK
-from .base import Grid, Levels, PackedWeight, Scheme
+from .base import Grid, Levels, PackedWeight, Scheme, look_up
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 KINDS = ("free", "codes", "even")
@@ -120,8 +120,7 @@ class BcqWeight(PackedWeight):
         size = _width(self.shape, self.scheme)
         values, order = self._values()
         rank = order.argsort(1)  # of each sum of planes among its group's
-        codes = unpack_planes(self.codes, self.shape[1]).split(size, 1)
-        ranks = torch.cat([of.gather(0, own.T.long()) for of, own in zip(rank, codes, strict=True)]).T
+        ranks = look_up(rank, unpack_planes(self.codes, self.shape[1]), size)
         return Levels(ranks.byte(), values.shape[1] - 1, values.gather(1, order), size)
 
     def with_codes(self, codes: Tensor) -> BcqWeight:
@@ -129,8 +128,7 @@ class BcqWeight(PackedWeight):
         if self.scheme["scales"] == "even":
             return replace(self, codes=pack_planes(_reversed(codes, bits), bits))
         _, order = self._values()
-        parts = codes.split(_width(self.shape, self.scheme), 1)
-        planes = torch.cat([of.gather(0, own.T.long()) for of, own in zip(order, parts, strict=True)]).T
+        planes = look_up(order, codes, _width(self.shape, self.scheme))
         return replace(self, codes=pack_planes(planes, bits))
 
     def _values(self) -> tuple[Tensor, Tensor]:

@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from measure import acc_module, machine
+from measure import acc_module, event_seconds, machine
 
 SHAPES = {"cpu": (8, 2, 64, torch.float32), "cuda": (32, 8, 128, torch.bfloat16)}  # heads, key heads, head_dim, type
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
@@ -51,12 +51,7 @@ def seconds(function: Callable[[], object], device: str, repetitions: int) -> fl
             function()
             times.append(time.process_time() - begin)
         else:
-            start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
-            function()
-            stop.record()
-            torch.cuda.synchronize()
-            times.append(start.elapsed_time(stop) / 1e3)
+            times.append(event_seconds(function))
     return statistics.median(times)
 
 

@@ -52,6 +52,16 @@ def machine() -> dict[str, Any]:
     }
 
 
+def event_seconds(function: Callable[[], object]) -> float:
+    """The time of one call between CUDA events."""
+    start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    function()
+    stop.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(stop) / 1000
+
+
 def gpu_seconds(function: Callable[[], object], calls: int = 30, graph: bool = True) -> float:
     """The median of one call's time between CUDA events, the L2 cache overwritten before each; `graph` replays it."""
     for _ in range(3):
@@ -64,13 +74,8 @@ def gpu_seconds(function: Callable[[], object], calls: int = 30, graph: bool = T
     flush = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
     times = []
     for _ in range(calls):
-        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         flush.zero_()
-        start.record()
-        function()
-        stop.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(stop) / 1000)
+        times.append(event_seconds(function))
     return statistics.median(times)
 
 
