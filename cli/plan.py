@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from ..compress.recipe import Recipe, Step
     from ..formats.base import Entry
     from ..formats.source import Source
+    from .spending import Budget
     from .ui import Screen
 
 COMMAND = MethodCommand  # the chosen method's own fields are options too
@@ -40,7 +41,9 @@ def plan(
     seqlen: Annotated[int | None, typer.Option(min=2, help="tokens per sequence; default 2048, of self 512")] = None,
     targets: Annotated[list[str], typer.Option(help="what to compress: a glob, or re:REGEX; may be repeated")] = ["*"],  # noqa: B006
     ignore: Annotated[list[str], typer.Option(help="what to leave as it is: a glob, or re:REGEX")] = [],  # noqa: B006
-    refine: Annotated[int | None, typer.Option(min=0, help="steps of learned rounding; spqr: 16, others: 0")] = None,
+    refine: Annotated[
+        int | None, typer.Option(min=0, help="steps of learned rounding; default: 16 or 0, by method")
+    ] = None,
     rotate: Annotated[str | None, typer.Option(help="rotate the weights first: heads, residual or all")] = None,
     batch: Annotated[int, typer.Option(min=1, help="tokens that go through a block at once")] = 4096,
     as_json: Json = False,
@@ -55,25 +58,23 @@ def plan(
     from ..compress.plan import planned_entries, sizes
     from .base import check_dtype
     from .packing import open_dense, resolved
-    from .spending import parse_size, show_table
+    from .spending import Budget, show_table
     from .ui import Screen, size
 
     screen, source = Screen(as_json), open_dense(model)
-    if sum(given is not None for given in (bits, fit, max_kl)) > 1:
-        raise ValueError("--bits, --fit and --max-kl: give one of them, it decides the others")
+    budget = Budget.of(bits, fit, max_kl)
     if max_kl is not None and measured is None:
         raise ValueError(
             f"--max-kl {max_kl:g}: headers do not say what is lost; name with --measured the folder of a run that mixed"
             " settings, or let the run itself measure: acc quantize --max-kl"
         )
-    broken = bits is not None and bits != int(bits)
-    if measured is not None and (recipe is not None or not (broken or fit is not None or max_kl is not None)):
+    if measured is not None and (recipe is not None or not budget.mixed):
         raise ValueError("--measured is of a mix: give --max-kl, --fit or --bits as in 2.7 with it, and no --recipe")
-    mixed = bits if broken and measured is None else None
+    mixed = bits if budget.mixed and measured is None else None
     if recipe is None:
         if changes:
             raise ValueError("--set changes a recipe: name one with --recipe")
-        code = 3 if bits is None else min(max(round(bits), 2), 8) if broken else int(bits)
+        code = 3 if bits is None else min(max(round(bits), 2), 8) if budget.mixed else int(bits)
         settings = context.obj | {"bits": code}
         wanted = _one_step(method, settings, targets, ignore, refine, rotate)
     else:
@@ -84,31 +85,31 @@ def plan(
     tried: dict[int, int] = {}
     asked, table, tries = wanted, None, 1
     if measured is not None:
-        wanted, table, tries = _by_measure(measured, source, wanted, stream, bits, fit, max_kl)
-    elif fit is not None:
-        wanted, tried = _fitting(wanted, stream, parse_size(fit), fit)
+        wanted, table, tries = _by_measure(measured, source, wanted, stream, budget)
+    elif fit is not None and budget.fit is not None:
+        wanted, tried = _fitting(wanted, stream, budget.fit, fit)
     chosen = assign(wanted, stream)
     after, choices = sizes(chosen, stream), [chosen]
     if mixed is not None:
         after, choices = _mixed(mixed, wanted.steps[0], chosen, stream)
         tries = len(choices)
     result: dict[str, Any] = _bytes_of(source, rewritten, chosen, after) | {"recipe": wanted.to_dict()}
-    if fit is not None and table is None:
-        left = parse_size(fit) - (result["after"] - result["packed_after"])
-        result["fit"] = {"limit": parse_size(fit), "bytes": tried, "mixed_bits": 8 * left / result["packed_parameters"]}
+    if budget.fit is not None and table is None:
+        left = budget.fit - (result["after"] - result["packed_after"])
+        result["fit"] = {"limit": budget.fit, "bytes": tried, "mixed_bits": 8 * left / result["packed_parameters"]}
     result |= _cost(wanted, stream, chosen, source, after, batch, tries) | {"disk": _disk(source, after, out)}
     result["engines"] = _engines(source, [planned_entries(each, stream) for each in choices])
     result["mixed"] = mixed
     if table is not None:
         result["mix"] = {"expected_loss": table[0].loss, "bound": table[0].bound}
     _show(screen, wanted, source, rewritten, result)
-    budget = [] if mixed is None else ["--bits", f"{mixed:g}"]
+    instead = [] if mixed is None else ["--bits", f"{mixed:g}"]
     if table is not None:
         show_table(screen, *table, max_kl is not None)
         given = {"--bits": bits, "--fit": fit, "--max-kl": max_kl}
-        budget = [word for name, value in given.items() if value is not None for word in (name, str(value))]
+        instead = [word for name, value in given.items() if value is not None for word in (name, str(value))]
         wanted = asked
-    screen.next(_command(model, recipe, changes, wanted, fit is not None, budget))
+    screen.next(_command(model, recipe, changes, wanted, fit is not None, instead))
     screen.result(result)
     if missing := result["disk"]["missing"]:
         raise OSError(
@@ -121,19 +122,17 @@ def _by_measure(
     source: Source,
     recipe: Recipe,
     stream: Stream,
-    bits: float | None,
-    fit: str | None,
-    max_kl: float | None,
+    budget: Budget,
 ) -> tuple[Recipe, tuple[Table, bool], int]:
     """The recipe of the best mix by what another run measured; its table, and whether losses are the logits'; how
     many settings were tried.
 
     Raises ValueError where that run looked at other tensors, or at another method, than these."""
     from ..compress.apply import assign
-    from .spending import Budget, measured, parse_size
+    from .spending import measured
 
     options, scaled = measured(folder, source)
-    if max_kl is not None and not scaled:
+    if budget.max_kl is not None and not scaled:
         raise ValueError(
             f"--measured {folder}: losses are of the blocks' outputs; --max-kl needs --sensitivity kl there"
         )
@@ -143,7 +142,6 @@ def _by_measure(
     known = {name for choices in options for name in choices[0].part.tensors}
     if odd := sorted(known ^ chosen.keys()):
         raise ValueError(f"--measured {folder}: {odd[0]} and {len(odd) - 1} others are in one of the two runs alone")
-    budget = Budget(bits=bits, fit=None if fit is None else parse_size(fit), max_kl=max_kl)
     limit, _ = budget.limit(stream.source, chosen)
     table = budget.table(options, limit)
     return recipe.model_copy(update={"steps": tuple(table.steps())}), (table, scaled), len(options[0])

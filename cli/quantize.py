@@ -29,7 +29,9 @@ def quantize(
     seqlen: Annotated[int | None, typer.Option(min=2, help="tokens per sequence; default 2048, of self 512")] = None,
     targets: Annotated[list[str], typer.Option(help="what to compress: a glob, or re:REGEX; may be repeated")] = ["*"],  # noqa: B006
     ignore: Annotated[list[str], typer.Option(help="what to leave as it is: a glob, or re:REGEX")] = [],  # noqa: B006
-    refine: Annotated[int | None, typer.Option(min=0, help="learned rounding: steps; spqr, gptq: 16, rtn: 0")] = None,
+    refine: Annotated[
+        int | None, typer.Option(min=0, help="steps of learned rounding; default: 16 or 0, by method")
+    ] = None,
     rotate: Annotated[str | None, typer.Option(help="rotate the weights first: heads, residual or all")] = None,
     seed: Seed = 0,
     dtype: Dtype = "auto",
@@ -49,23 +51,21 @@ def quantize(
     from ..registry import listing
     from .base import check_device, check_dtype, show_text
     from .packing import calibration, calibration_text, open_dense, pack
-    from .spending import FILE, Budget, parse_size, spend
+    from .spending import FILE, Budget, spend
     from .ui import Screen
 
     if method in listing("compress", "Rewrite"):
         raise ValueError(f"--method {method}: it packs nothing, but can go before a method: --{method}")
-    if sum(given is not None for given in (bits, fit, max_kl)) > 1:
-        raise ValueError("--bits, --fit and --max-kl: give one of them, it decides the others")
+    budget = Budget.of(bits, fit, max_kl)
     if max_kl is not None and sensitivity != "kl":
         raise ValueError("--max-kl is of the logits: it goes with --sensitivity kl")
     bits = float(_bits(method)) if bits is None else bits
-    mixed = fit is not None or max_kl is not None or bits != int(bits)
     if sensitivity not in ("kl", "output"):
         raise ValueError(f"--sensitivity {sensitivity}: expected kl or output")
-    settings = context.obj | {"bits": min(max(round(bits), 2), 8) if mixed else int(bits)}
+    settings = context.obj | {"bits": min(max(round(bits), 2), 8) if budget.mixed else int(bits)}
     chosen = configure(method, settings)
     refine = chosen.refine if refine is None else refine
-    needs = bool(chosen.needs or refine or mixed)
+    needs = bool(chosen.needs or refine or budget.mixed)
     check_device(device)
     check_dtype(dtype)
     source = open_dense(model)
@@ -83,12 +83,10 @@ def quantize(
     name = fit or (f"{bits:g}" if max_kl is None else f"KL{max_kl:g}")
     screen, folder = Screen(as_json), out or default_name(source, method, name)
     text, papers = None, {}
-    if mixed:
+    if budget.mixed:
         Store.check(folder, resume=resume, overwrite=overwrite)  # before minutes of measuring
         text = calibration_text(recipe, source)
         show_text(screen, text)
-        size = None if fit is None else parse_size(fit)
-        budget = Budget(bits=bits if fit is None and max_kl is None else None, fit=size, max_kl=max_kl)
         how = {"scaled": sensitivity == "kl", "per_expert": per_expert, "device": device}
         recipe, papers[FILE] = spend(screen, source, recipe, text, budget=budget, **how)
     pack(

@@ -33,6 +33,18 @@ class Budget:
     fit: int | None = None
     max_kl: float | None = None
 
+    @classmethod
+    def of(cls, bits: float | None, fit: str | None, max_kl: float | None) -> Budget:
+        """As typed. Raises ValueError for more than one of them, and for a size that is none."""
+        if sum(given is not None for given in (bits, fit, max_kl)) > 1:
+            raise ValueError("--bits, --fit and --max-kl: give one of them, it decides the others")
+        return cls(bits, None if fit is None else parse_size(fit), max_kl)
+
+    @property
+    def mixed(self) -> bool:
+        """Whether it takes a mix; whole bits are those of every code."""
+        return self.fit is not None or self.max_kl is not None or (self.bits is not None and self.bits % 1 != 0)
+
     def limit(self, source: Source, targets: Collection[str]) -> tuple[int | None, int]:
         """Bytes that the packed tensors may take, None where the loss is limited; and how many weights these have."""
         inside = sum(math.prod(source.info(name).shape) for name in targets)
