@@ -11,11 +11,9 @@ from .base import Json, MethodCommand, Model
 
 if TYPE_CHECKING:
     from ..calibrate.stream import Stream
-    from ..compress.budget import Table
     from ..compress.recipe import Recipe, Step
     from ..formats.base import Entry
     from ..formats.source import Source
-    from .spending import Budget
     from .ui import Screen
 
 COMMAND = MethodCommand  # the chosen method's own fields are options too
@@ -58,7 +56,7 @@ def plan(
     from ..compress.plan import planned_entries, sizes
     from .base import check_dtype
     from .packing import open_dense, resolved
-    from .spending import Budget, show_table
+    from .spending import Budget, recall
     from .ui import Screen, size
 
     screen, source = Screen(as_json), open_dense(model)
@@ -83,9 +81,10 @@ def plan(
     rewritten = wanted.rewrite(source)
     stream = Stream(rewritten, dtype=check_dtype(wanted.dtype))
     tried: dict[int, int] = {}
-    asked, table, tries = wanted, None, 1
+    asked, mix, tries = wanted, None, 1
     if measured is not None:
-        wanted, table, tries = _by_measure(measured, source, wanted, stream, budget)
+        mix = recall(measured, source, wanted, budget)
+        wanted = mix.of(wanted)
     elif fit is not None and budget.fit is not None:
         wanted, tried = _fitting(wanted, stream, budget.fit, fit)
     chosen = assign(wanted, stream)
@@ -94,20 +93,21 @@ def plan(
         after, choices = _mixed(mixed, wanted.steps[0], chosen, stream)
         tries = len(choices)
     result: dict[str, Any] = _bytes_of(source, rewritten, chosen, after) | {"recipe": wanted.to_dict()}
-    if budget.fit is not None and table is None:
+    if budget.fit is not None and mix is None:
         left = budget.fit - (result["after"] - result["packed_after"])
         result["fit"] = {"limit": budget.fit, "bytes": tried, "mixed_bits": 8 * left / result["packed_parameters"]}
     result |= _cost(wanted, stream, chosen, source, after, batch, tries) | {"disk": _disk(source, after, out)}
     result["engines"] = _engines(source, [planned_entries(each, stream) for each in choices])
     result["mixed"] = mixed
-    if table is not None:
-        result["mix"] = {"expected_loss": table[0].loss, "bound": table[0].bound}
+    if mix is not None:
+        result["mix"] = {"expected_loss": mix.table.loss, "bound": mix.table.bound}
     _show(screen, wanted, source, rewritten, result)
     instead = [] if mixed is None else ["--bits", f"{mixed:g}"]
-    if table is not None:
-        show_table(screen, *table, max_kl is not None)
+    if mix is not None:
+        mix.show(screen)
         given = {"--bits": bits, "--fit": fit, "--max-kl": max_kl}
         instead = [word for name, value in given.items() if value is not None for word in (name, str(value))]
+        instead += ["--measured", str(measured)]
         wanted = asked
     screen.next(_command(model, recipe, changes, wanted, fit is not None, instead))
     screen.result(result)
@@ -115,36 +115,6 @@ def plan(
         raise OSError(
             f"{result['disk']['folder']}: {size(missing)} of disk are missing; make room, or name another OUT"
         )
-
-
-def _by_measure(
-    folder: Path,
-    source: Source,
-    recipe: Recipe,
-    stream: Stream,
-    budget: Budget,
-) -> tuple[Recipe, tuple[Table, bool], int]:
-    """The recipe of the best mix by what another run measured; its table, and whether losses are the logits'; how
-    many settings were tried.
-
-    Raises ValueError where that run looked at other tensors, or at another method, than these."""
-    from ..compress.apply import assign
-    from .spending import measured
-
-    options, scaled = measured(folder, source)
-    if budget.max_kl is not None and not scaled:
-        raise ValueError(
-            f"--measured {folder}: losses are of the blocks' outputs; --max-kl needs --sensitivity kl there"
-        )
-    chosen = assign(recipe, stream)
-    if (method := options[0][0].method) != recipe.steps[0].method:
-        raise ValueError(f"--measured {folder}: is of --method {method}, not of {recipe.steps[0].method}")
-    known = {name for choices in options for name in choices[0].part.tensors}
-    if odd := sorted(known ^ chosen.keys()):
-        raise ValueError(f"--measured {folder}: {odd[0]} and {len(odd) - 1} others are in one of the two runs alone")
-    limit, _ = budget.limit(stream.source, chosen)
-    table = budget.table(options, limit)
-    return recipe.model_copy(update={"steps": tuple(table.steps())}), (table, scaled), len(options[0])
 
 
 def _one_step(

@@ -22,6 +22,9 @@ def quantize(
         float | None, typer.Option(min=0, help="mix bits so that it loses at most so many nats per token")
     ] = None,
     sensitivity: Annotated[str, typer.Option(help="what a mix is chosen by: kl of the logits, or output")] = "kl",
+    measured: Annotated[
+        Path | None, typer.Option(help="a folder of acc quantize whose budget.json says what settings lose")
+    ] = None,
     per_expert: Annotated[bool, typer.Option("--per-expert", help="a mix may treat a layer's experts apart")] = False,
     method: Annotated[str, typer.Option(help="see acc show")] = "spqr",
     data: Annotated[str | None, typer.Option(help="calibration text: file, folder, .jsonl, hf:NAME, or self")] = None,
@@ -51,7 +54,7 @@ def quantize(
     from ..registry import listing
     from .base import check_device, check_dtype, show_text
     from .packing import calibration, calibration_text, open_dense, pack
-    from .spending import FILE, Budget, spend
+    from .spending import FILE, Budget, recall, spend
     from .ui import Screen
 
     if method in listing("compress", "Rewrite"):
@@ -59,6 +62,8 @@ def quantize(
     budget = Budget.of(bits, fit, max_kl)
     if max_kl is not None and sensitivity != "kl":
         raise ValueError("--max-kl is of the logits: it goes with --sensitivity kl")
+    if measured is not None and not budget.mixed:
+        raise ValueError("--measured is of a mix: give --max-kl, --fit or --bits as in 2.7 with it")
     bits = float(_bits(method)) if bits is None else bits
     if sensitivity not in ("kl", "output"):
         raise ValueError(f"--sensitivity {sensitivity}: expected kl or output")
@@ -85,10 +90,15 @@ def quantize(
     text, papers = None, {}
     if budget.mixed:
         Store.check(folder, resume=resume, overwrite=overwrite)  # before minutes of measuring
-        text = calibration_text(recipe, source)
-        show_text(screen, text)
-        how = {"scaled": sensitivity == "kl", "per_expert": per_expert, "device": device}
-        recipe, papers[FILE] = spend(screen, source, recipe, text, budget=budget, **how)
+        if measured is not None:
+            mix = recall(measured, source, recipe, budget)
+        else:
+            text = calibration_text(recipe, source)
+            show_text(screen, text)
+            how = {"scaled": sensitivity == "kl", "per_expert": per_expert, "device": device}
+            mix = spend(screen, source, recipe, text, budget=budget, **how)
+        mix.show(screen)
+        recipe, papers = mix.of(recipe), {FILE: mix.record()}
     pack(
         screen,
         recipe,

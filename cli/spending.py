@@ -8,7 +8,7 @@ import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from ..calibrate.text import CalibrationText
@@ -81,6 +81,86 @@ def parse_size(text: str) -> int:
     return int(float(number) * power)
 
 
+@dataclass(frozen=True)
+class Mix:
+    """The best table within a budget, and what was measured for it: `options` hold every part at every setting.
+
+    `limit` is in bytes, None where it is the loss that is limited; losses are the logits' where `scaled`."""
+
+    table: Table
+    options: list[list[Choice]]
+    limit: int | None
+    scaled: bool
+
+    @classmethod
+    def best(cls, options: list[list[Choice]], limit: int | None, budget: Budget, scaled: bool) -> Mix:
+        """Raises ValueError when none is within `budget`, saying what could be had."""
+        return cls(budget.table(options, limit), options, limit, scaled)
+
+    def of(self, recipe: Recipe) -> Recipe:
+        """The recipe with the table's steps instead of its one."""
+        return recipe.model_copy(update={"steps": tuple(self.table.steps())})
+
+    def show(self, screen: Screen) -> None:
+        """Setting by setting, what it is expected to lose, and the proof that there is none better."""
+        from .packing import describe
+        from .ui import percent
+
+        table = self.table
+        weights = sum(choice.part.weights for choice in table.choices)
+        rows = []
+        for step in table.steps():
+            mine = [c for c in table.choices if (c.method, c.settings) == (step.method, step.settings)]
+            share = sum(choice.part.weights for choice in mine) / weights
+            stored = 8 * sum(c.nbytes for c in mine) / sum(c.part.weights for c in mine)
+            rows.append([describe(step).partition(", ")[2], str(len(step.targets)), percent(share), f"{stored:.2f}"])
+        screen.line()
+        screen.table("", [table.choices[0].method, "tensors", "weights", "bits"], sorted(rows))
+        unit = "nats per token" if self.scaled else "of the outputs"
+        screen.line()
+        if self.limit is None:
+            screen.field("Expected", f"{table.loss:.4g} {unit} lost, in {table.nbytes:,} bytes;")
+            screen.field("", f"no table that loses as little takes less than {table.bound:,.0f}")
+        else:
+            screen.field(
+                "Expected", f"{table.loss:.4g} {unit} lost; no table of this size has less than {table.bound:.4g}"
+            )
+
+    def record(self) -> str:
+        """As JSON: the table, and all that was measured."""
+        kinds = list(dict.fromkeys((choice.method, choice.settings) for row in self.options for choice in row))
+        told = {
+            "limit_bytes": self.limit,
+            "expected_bytes": self.table.nbytes,
+            "expected_loss": self.table.loss,
+            "lower_bound": self.table.bound,
+            "loss_of": "logits" if self.scaled else "block outputs",
+            "parts": [
+                {
+                    "tensors": list(choice.part.tensors),
+                    "method": choice.method,
+                    "settings": choice.settings.model_dump(mode="json"),
+                    "bits": round(choice.bits, 4),
+                    "loss": choice.loss,
+                }
+                for choice in self.table.choices
+            ],
+            "settings": [{"method": method, **settings.model_dump(mode="json")} for method, settings in kinds],
+            "measured": [
+                {
+                    "block": choices[0].part.block,
+                    "tensors": list(choices[0].part.tensors),
+                    "weights": choices[0].part.weights,
+                    "bytes": [choice.nbytes for choice in choices],
+                    "firm": all(choice.firm for choice in choices),
+                    "loss": [choice.loss for choice in choices],
+                }
+                for choices in self.options
+            ],
+        }
+        return json.dumps(told, indent=1) + "\n"
+
+
 def spend(
     screen: Screen,
     source: Source,
@@ -91,10 +171,10 @@ def spend(
     scaled: bool,
     per_expert: bool,
     device: str,
-) -> tuple[Recipe, str]:
-    """The recipe with the best mix within `budget`, and what was measured for it, as JSON.
+) -> Mix:
+    """Measures every part at every setting of the recipe's method, and finds the best mix within `budget`.
 
-    Raises ValueError when no mix is within it, saying what could be had.
+    Raises ValueError when there is none, saying what could be had.
     """
     from ..calibrate.stream import Stream
     from ..compress.apply import assign
@@ -123,74 +203,18 @@ def spend(
             device=device,
             report=meter,
         )
-    table = budget.table(options, limit)
-    resolved = recipe.model_copy(update={"steps": tuple(table.steps())})
-    show_table(screen, table, scaled, budget.max_kl is not None)
-    return resolved, json.dumps(_record(table, options, limit, scaled), indent=1) + "\n"
+    return Mix.best(options, limit, budget, scaled)
 
 
-def show_table(screen: Screen, table: Table, scaled: bool, smallest: bool) -> None:
-    """A mix, setting by setting, what it is expected to lose, and the proof that there is none better."""
-    from .packing import describe
-    from .ui import percent
+def recall(folder: Path, source: Source, recipe: Recipe, budget: Budget) -> Mix:
+    """The best mix within `budget` by what another run measured, which wrote `folder`.
 
-    weights = sum(choice.part.weights for choice in table.choices)
-    rows = []
-    for step in table.steps():
-        mine = [c for c in table.choices if (c.method, c.settings) == (step.method, step.settings)]
-        share = sum(choice.part.weights for choice in mine) / weights
-        stored = 8 * sum(c.nbytes for c in mine) / sum(c.part.weights for c in mine)
-        rows.append([describe(step).partition(", ")[2], str(len(step.targets)), percent(share), f"{stored:.2f}"])
-    screen.line()
-    screen.table("", [table.choices[0].method, "tensors", "weights", "bits"], sorted(rows))
-    unit = "nats per token" if scaled else "of the outputs"
-    screen.line()
-    if smallest:
-        screen.field("Expected", f"{table.loss:.4g} {unit} lost, in {table.nbytes:,} bytes;")
-        screen.field("", f"no table that loses as little takes less than {table.bound:,.0f}")
-    else:
-        screen.field("Expected", f"{table.loss:.4g} {unit} lost; no table of this size has less than {table.bound:.4g}")
-
-
-def _record(table: Table, options: list[list[Choice]], limit: int | None, scaled: bool) -> dict[str, Any]:
-    kinds = list(dict.fromkeys((choice.method, choice.settings) for choices in options for choice in choices))
-    return {
-        "limit_bytes": limit,
-        "expected_bytes": table.nbytes,
-        "expected_loss": table.loss,
-        "lower_bound": table.bound,
-        "loss_of": "logits" if scaled else "block outputs",
-        "parts": [
-            {
-                "tensors": list(choice.part.tensors),
-                "method": choice.method,
-                "settings": choice.settings.model_dump(mode="json"),
-                "bits": round(choice.bits, 4),
-                "loss": choice.loss,
-            }
-            for choice in table.choices
-        ],
-        "settings": [{"method": method, **settings.model_dump(mode="json")} for method, settings in kinds],
-        "measured": [
-            {
-                "block": choices[0].part.block,
-                "tensors": list(choices[0].part.tensors),
-                "weights": choices[0].part.weights,
-                "bytes": [choice.nbytes for choice in choices],
-                "firm": all(choice.firm for choice in choices),
-                "loss": [choice.loss for choice in choices],
-            }
-            for choices in options
-        ],
-    }
-
-
-def measured(folder: Path, source: Source) -> tuple[list[list[Choice]], bool]:
-    """What a run that mixed settings measured of every part, and whether losses are those of the logits.
-
-    Raises ValueError for a folder without that, and for one of another model."""
+    Raises ValueError for a folder without that, where that run looked at another model, at other tensors, at another
+    method, or had other settings of it, than `recipe`, and when no mix is within the budget."""
+    from ..calibrate.stream import Stream
+    from ..compress.apply import assign
     from ..compress.budget import Choice, Part
-    from ..compress.recipe import configure
+    from ..compress.recipe import Recipe, configure
     from ..formats.manifest import read_manifest
     from ..formats.safefile import confined, read_json
 
@@ -201,6 +225,7 @@ def measured(folder: Path, source: Source) -> tuple[list[list[Choice]], bool]:
         raise ValueError(f"--measured {folder}: was made of another model than {source.spec}")
     told = read_json(confined(folder, FILE))
     try:
+        rewrites = Recipe.from_dict(manifest["identity"]["recipe"]).rewrites
         kinds = [(one.pop("method"), one) for one in map(dict, told["settings"])]
         settings = [(method, configure(method, fields)) for method, fields in kinds]
         options = []
@@ -208,6 +233,25 @@ def measured(folder: Path, source: Source) -> tuple[list[list[Choice]], bool]:
             part = Part(row["block"], tuple(row["tensors"]), row["weights"])
             each = zip(settings, row["bytes"], row["loss"], strict=True)
             options.append([Choice(part, *kind, nbytes, row["firm"], loss) for kind, nbytes, loss in each])
+        scaled = told["loss_of"] == "logits"
     except (KeyError, TypeError, ValueError):
         raise ValueError(f"{folder / FILE}: not as acc writes it; make the folder again") from None
-    return options, told.get("loss_of") == "logits"
+    if budget.max_kl is not None and not scaled:
+        raise ValueError(
+            f"--measured {folder}: losses are of the blocks' outputs; --max-kl needs --sensitivity kl there"
+        )
+    stream = Stream(recipe.rewrite(source))
+    step, chosen = recipe.steps[0], assign(recipe, stream)
+    if rewrites != recipe.rewrites:
+        raise ValueError(f"--measured {folder}: the weights were rotated otherwise there")
+    if (method := options[0][0].method) != step.method:
+        raise ValueError(f"--measured {folder}: is of --method {method}, not of {step.method}")
+    for name, wanted in step.settings.model_dump().items():
+        tried = {getattr(one, name) for _, one in settings}
+        if len(tried) == 1 and wanted not in tried and name in step.settings.model_fields_set:
+            raise ValueError(f"--measured {folder}: was measured with {name} {tried.pop()}, not {wanted}")
+    known = {name for choices in options for name in choices[0].part.tensors}
+    if odd := sorted(known ^ chosen.keys()):
+        raise ValueError(f"--measured {folder}: {odd[0]} and {len(odd) - 1} others are in one of the two runs alone")
+    limit, _ = budget.limit(stream.source, chosen)
+    return Mix.best(options, limit, budget, scaled)

@@ -198,11 +198,18 @@ def test_a_loss_that_is_allowed_decides_the_bytes(capsys, model, text, checkpoin
     assert code == 0
     assert "no table of this size has less" in said
     assert "--method rtn --bits 3.4" in said.splitlines()[-1]
+    again = tmp_path / "again"
+    code, said, err = call(capsys, "quantize", model, again, "--max-kl", "1e-1", *folder, *more)
+    assert code == 0, err
+    assert json.loads(said)["recipe"] == made["recipe"]  # with what the other run measured
+    assert (again / "budget.json").read_text() == (tmp_path / "1e-1" / "budget.json").read_text()
     refusals = {
         "acc quantize --max-kl": ["--max-kl", "0.1"],
         "give one of them": ["--max-kl", "0.1", "--bits", "3"],
         "give --max-kl, --fit or --bits": [*folder, "--bits", "3"],
         "is of --method rtn": [*folder, "--max-kl", "0.1", "--method", "gptq"],
+        "was measured with symmetric False, not True": [*folder, "--bits", "3.4", "--method", "rtn", "--symmetric=true"],
+        "rotated otherwise": [*folder, "--bits", "3.4", "--method", "rtn", "--rotate", "heads"],
         "are in one of the two runs alone": [*folder, "--max-kl", "0.1", "--method", "rtn", "--ignore", "*down_proj*"],
         "lose less than": [*folder, "--max-kl", "1e-9", "--method", "rtn"],
         "no budget.json of acc there": ["--max-kl", "0.1", "--measured", tmp_path],
@@ -211,6 +218,7 @@ def test_a_loss_that_is_allowed_decides_the_bytes(capsys, model, text, checkpoin
         code, _, err = call(capsys, "plan", model, *given)
         assert code == 2
         assert reason in err
+    assert "--measured is of a mix" in one_line(capsys, 2, "quantize", model, again, "--bits", "3", *folder, "--overwrite")
     code, _, err = call(capsys, "plan", checkpoint("mixtral"), *folder, "--max-kl", "0.1", "--method", "rtn")
     assert "another model" in err
 
