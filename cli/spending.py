@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 UNITS = {"": 1, "B": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 TOKENS = 16384  # that settings are tried on; of these the first PROBE are what losses are measured on
 PROBE = 1024
+LEARNED = 8  # steps of learned rounding, at most, that tell what it will take away
 MARGIN = 0.99  # of the bytes, where outliers decide how many there will be
 MIDDLE = 3.5  # bits, of the settings that are tried when the loss is given
 FILE = "budget.json"
@@ -179,6 +180,7 @@ def spend(
     from ..calibrate.stream import Stream
     from ..compress.apply import assign
     from ..compress.budget import measure
+    from ..compress.refine import STEP_TOKENS
     from .ui import Meter
 
     rewritten = recipe.rewrite(source)
@@ -197,8 +199,10 @@ def spend(
             rewritten,
             targets,
             [(step.method, one) for one in settings],
-            [first, *(rest.split(max(1, 4096 // length)) if len(rest) else ())],
-            bits=wanted if scaled else None,
+            [first, *(rest.split(max(1, STEP_TOKENS // length)) if len(rest) else ())],
+            bits=wanted,
+            scaled=scaled,
+            refine=min(recipe.refine, LEARNED),
             per_expert=per_expert,
             device=device,
             report=meter,

@@ -6,6 +6,7 @@ Parts are what a runtime needs in one form: matrices that share an input (q, k, 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -22,7 +23,7 @@ from ..formats.source import Source
 from .apply import STATISTICS_BYTES, passes, solve
 from .base import Method
 from .recipe import Step
-from .refine import distance
+from .refine import Rounding, distance, learn
 
 GAP = 1e-4  # how near to the best a table has to be proved, relative
 SECONDS = 60.0  # for proving it
@@ -87,7 +88,9 @@ def measure(
     methods: Sequence[tuple[str, Method]],
     batches: Sequence[Tensor],
     *,
-    bits: float | None = None,
+    bits: float,
+    scaled: bool = True,
+    refine: int = 0,
     per_expert: bool = False,
     device: str = "cpu",
     report: Callable[[float, str], None] = lambda fraction, what: None,
@@ -95,15 +98,22 @@ def measure(
     """What each part of `targets` loses at each of `methods`, alone, in an otherwise dense model in fp32.
 
     `batches` are token ids `[B, T]`; the first of them is what losses are measured on. A loss is the squared error of
-    the block's output relative to each token's size. With `bits` it is scaled to what it does to the logits: each
-    part's error at the setting nearest to so many stored bits is carried through the blocks after it, and the loss is
-    the mean divergence KL(dense || packed) in nats per token. One pass over the model does it for all parts.
+    the block's output relative to each token's size.
+
+    With `refine` steps of learned rounding, taken on the other batches at the setting that is nearest to `bits` stored
+    bits, all losses of a part shrink by the share that these take away. It may be two thirds of what is lost in q and
+    k, and nothing of what is lost in the last projection of a block, so a mix that is refined afterwards is another
+    than one that is not.
+
+    Where they are to be `scaled`, losses become what they do to the logits: each part's output at that setting is
+    carried through the blocks after it, and its loss is the mean divergence KL(dense || packed) in nats per token. One
+    pass over the model does it for all parts.
     """
     stream = Stream(source, dtype=torch.float32, device=device)
     needs = tuple(dict.fromkeys(n for _, method in methods for n in method.needs))
     table: list[list[Choice]] = []
-    carried: list[Tensor] = []  # of the parts whose loss is scaled, in order: hidden states of the first batch
-    scaled: list[int] = []  # which of its choices was carried, for each part
+    carried: list[Tensor] = []  # of the parts, where losses are scaled: hidden states of the first batch
+    places: list[int] = []  # which of its choices was carried, for each part
     for block in stream.blocks(batches):
         report(block.index / len(stream.skeleton.layers), f"measuring {block.name}")
         wanted, before = [matrix for matrix in block.matrices if matrix.tensor in targets], len(carried)
@@ -116,23 +126,23 @@ def measure(
             made = [{m: packed for m, packed, _ in solve(block, group, step, statistics)} for step in steps]
             for part in parts(block, group, statistics, per_expert):
                 inside = [matrix for matrix in group if matrix.tensor in part.tensors]
-                choices, outputs = [], []
-                for (kind, method), packed in zip(methods, made, strict=True):
-                    output = _output(block, {matrix: packed[matrix] for matrix in inside})
-                    assert block.outputs is not None
-                    nbytes = sum(_nbytes(packed[matrix]) for matrix in inside)
-                    firm = all(_firm(packed[matrix]) for matrix in inside)
-                    choices.append(Choice(part, kind, method, nbytes, firm, float(distance(output, block.outputs[0]))))
-                    outputs.append(output if bits is not None else None)
-                table.append(choices)
-                if bits is not None:
-                    nearest = min(range(len(choices)), key=lambda at: abs(choices[at].bits - bits))
-                    scaled.append(nearest)
-                    carried.append(outputs[nearest])
+                packed = [{matrix: each[matrix] for matrix in inside} for each in made]
+                sizes = [sum(map(_nbytes, each.values())) for each in packed]
+                nearest = min(range(len(sizes)), key=lambda at: abs(8 * sizes[at] / part.weights - bits))
+                losses, output = _losses(block, packed, nearest, statistics, refine)
+                table.append(
+                    [
+                        Choice(part, kind, method, nbytes, all(map(_firm, each.values())), loss)
+                        for (kind, method), each, nbytes, loss in zip(methods, packed, sizes, losses, strict=True)
+                    ]
+                )
+                if scaled:
+                    places.append(nearest)
+                    carried.append(output)
             del statistics, made
         carried = [block.forward(0, hidden) if at < before else hidden for at, hidden in enumerate(carried)]
-    if bits is not None:
-        table = _scaled(stream, table, scaled, carried)
+    if scaled:
+        table = _scaled(stream, table, places, carried)
     stream.close()
     return table
 
@@ -206,13 +216,41 @@ def _proved(
     return Table(taken, float(found.mip_dual_bound) * scale)
 
 
-def _output(block: Block, made: dict[Matrix, PackedWeight]) -> Tensor:
-    """The block's output for the first batch with some of its weights packed; they are put back."""
+def _losses(
+    block: Block, packed: Sequence[dict[Matrix, PackedWeight]], nearest: int, statistics: Statistics, refine: int
+) -> tuple[list[float], Tensor]:
+    """What the block's output for the first batch loses with some of its weights packed, at each setting; and that
+    output at the `nearest`, learned if it is to be."""
+    assert block.outputs is not None
+    target, others = block.outputs[0], range(min(1, len(block.outputs) - 1), len(block.outputs))
+    losses, kept = [], torch.empty(0)
+    for at, made in enumerate(packed):
+        with _instead(block, made):
+            output = block.forward(0)
+        losses.append(float(distance(output, target)))
+        kept = output if at == nearest else kept
+    if not refine or losses[nearest] == 0:
+        return losses, kept
+    known = {matrix: statistics.of(matrix).values() for matrix in packed[nearest]}
+    begun = {matrix: Rounding.of(made, block.weight(matrix), known[matrix]) for matrix, made in packed[nearest].items()}
+    if roundings := {matrix: rounding for matrix, rounding in begun.items() if rounding is not None}:
+        with _instead(block, packed[nearest]):
+            learn(block, roundings, block.outputs, [others[step % len(others)] for step in range(refine)])
+            output = block.forward(0)
+        share = float(distance(output, target)) / losses[nearest]
+        if share < 1:
+            losses, kept = [loss * share for loss in losses], output
+    return losses, kept
+
+
+@contextmanager
+def _instead(block: Block, made: dict[Matrix, PackedWeight]) -> Iterator[None]:
+    """Some of a block's weights packed; they are put back."""
     places = block.places(list(made))
     kept = [cut(parameter.data).clone() for parameter, cut in places]
     _put(places, [packed.dequantize() for packed in made.values()])
     try:
-        return block.forward(0)
+        yield
     finally:
         _put(places, kept)
 

@@ -193,12 +193,12 @@ def duration(todo: Work, speed: Speed) -> dict[str, float]:
     return {phase: seconds for phase, seconds in found.items() if seconds}
 
 
-def probing(shapes: Shapes, choices: int, probe: int, tokens: int, speed: Speed) -> float:
+def probing(shapes: Shapes, choices: int, probe: int, tokens: int, steps: int, speed: Speed) -> float:
     """Seconds of forward passes that a budget takes: every part at every choice on `probe` tokens, one of each carried
-    to the end, and all `tokens` once."""
+    to the end and learned in so many `steps`, and all `tokens` once."""
     blocks = len(shapes.blocks)
     each = sum(2 * shapes.active(index) for index in range(blocks)) / blocks
-    runs = PARTS * blocks * (choices + blocks / 2) * probe + blocks * tokens
+    runs = PARTS * blocks * ((choices + blocks / 2) * probe + 3 * steps * STEP_TOKENS) + blocks * tokens
     return runs * each / (EFFICIENCY * speed.statistics)  # in fp32
 
 

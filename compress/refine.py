@@ -5,7 +5,7 @@ SignRound (arXiv 2309.05516), begun from what a method made instead of from the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -77,23 +77,38 @@ def refine(
     `targets` are the block's outputs `[B, T, H]` with its dense weights, for the same inputs. Returns how far its
     outputs are from them before and after, over a few batches. The block is left with packed weights in its parameters.
     """
-    places = block.places(list(roundings))
-    parameters = list(dict.fromkeys(parameter for parameter, _ in places))
     generator = torch.Generator().manual_seed(seed)
     order = torch.cat([torch.randperm(len(targets), generator=generator) for _ in range(-(-steps // len(targets)))])
-
-    def put() -> None:
-        for (parameter, cut), rounding in zip(places, roundings.values(), strict=True):
-            cut(parameter.data).copy_(rounding.dense())
 
     def measure() -> float:
         batches = range(0, len(targets), -(-len(targets) // MEASURED))
         return sum(float(distance(block.forward(batch), targets[batch])) for batch in batches) / len(batches)
 
-    put()
+    put(block, roundings)
     before = measure()
+    learn(block, roundings, targets, order[:steps].tolist(), tick)
+    return {"before": before, "after": measure()}
+
+
+def put(block: Block, roundings: dict[Matrix, Rounding]) -> None:
+    """Writes the weights that the codes stand for into the block's parameters."""
+    for (parameter, cut), rounding in zip(block.places(list(roundings)), roundings.values(), strict=True):
+        cut(parameter.data).copy_(rounding.dense())
+
+
+def learn(
+    block: Block,
+    roundings: dict[Matrix, Rounding],
+    targets: Hidden,
+    order: Sequence[int],
+    tick: Callable[[], None] = lambda: None,
+) -> None:
+    """Steps of signed descent, one on each batch of `order`, ever shorter. The block is left with the weights that were
+    learned."""
+    places = block.places(list(roundings))
+    parameters = list(dict.fromkeys(parameter for parameter, _ in places))
     try:
-        for step, batch in enumerate(order[:steps].tolist()):
+        for step, batch in enumerate(order):
             for parameter in parameters:
                 parameter.requires_grad_(True)
             with torch.enable_grad():
@@ -102,10 +117,9 @@ def refine(
             gradients = dict(zip(parameters, found, strict=True))
             for rounding, (parameter, cut) in zip(roundings.values(), places, strict=True):
                 if (gradient := gradients[parameter]) is not None:
-                    rounding.descend(cut(gradient).float(), REACH / steps * (1 - step / steps))
-            put()
+                    rounding.descend(cut(gradient).float(), REACH / len(order) * (1 - step / len(order)))
+            put(block, roundings)
             tick()
     finally:
         for parameter in parameters:
             parameter.requires_grad_(False)
-    return {"before": before, "after": measure()}

@@ -208,7 +208,14 @@ def test_a_loss_that_is_allowed_decides_the_bytes(capsys, model, text, checkpoin
         "give one of them": ["--max-kl", "0.1", "--bits", "3"],
         "give --max-kl, --fit or --bits": [*folder, "--bits", "3"],
         "is of --method rtn": [*folder, "--max-kl", "0.1", "--method", "gptq"],
-        "was measured with symmetric False, not True": [*folder, "--bits", "3.4", "--method", "rtn", "--symmetric=true"],
+        "was measured with symmetric False, not True": [
+            *folder,
+            "--bits",
+            "3.4",
+            "--method",
+            "rtn",
+            "--symmetric=true",
+        ],
         "rotated otherwise": [*folder, "--bits", "3.4", "--method", "rtn", "--rotate", "heads"],
         "are in one of the two runs alone": [*folder, "--max-kl", "0.1", "--method", "rtn", "--ignore", "*down_proj*"],
         "lose less than": [*folder, "--max-kl", "1e-9", "--method", "rtn"],
@@ -218,7 +225,9 @@ def test_a_loss_that_is_allowed_decides_the_bytes(capsys, model, text, checkpoin
         code, _, err = call(capsys, "plan", model, *given)
         assert code == 2
         assert reason in err
-    assert "--measured is of a mix" in one_line(capsys, 2, "quantize", model, again, "--bits", "3", *folder, "--overwrite")
+    assert "--measured is of a mix" in one_line(
+        capsys, 2, "quantize", model, again, "--bits", "3", *folder, "--overwrite"
+    )
     code, _, err = call(capsys, "plan", checkpoint("mixtral"), *folder, "--max-kl", "0.1", "--method", "rtn")
     assert "another model" in err
 

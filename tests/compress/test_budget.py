@@ -27,12 +27,12 @@ def candidates(method: str, *sizes: tuple[int, int]) -> list:
     return [(method, Recipe.from_dict({"steps": [step]}).steps[0].settings) for step in steps]
 
 
-def measured(folder, method: str = "rtn", bits: float | None = 3.5, **options):
+def measured(folder, method: str = "rtn", scaled: bool = True, **options):
     source = open_source(str(folder))
     recipe = Recipe.from_dict({"steps": [{"method": method}]})
     targets = set(assign(recipe, Stream(source)))
     found = candidates(method, (2, 32), (3, 32), (4, 16))
-    return measure(source, targets, found, list(ids().split(1)), bits=bits, **options)
+    return measure(source, targets, found, list(ids().split(1)), bits=3.5, scaled=scaled, **options)
 
 
 def plain_divergence(p_logits: torch.Tensor, q_logits: torch.Tensor) -> float:
@@ -91,24 +91,24 @@ def put(model, packed) -> None:
 
 
 def test_losses_at_the_outputs_have_the_order_of_their_bits(checkpoint):
-    for choices in measured(checkpoint("llama"), bits=None):
+    for choices in measured(checkpoint("llama"), scaled=False):
         losses = [choice.loss for choice in choices]
         assert losses == sorted(losses, reverse=True)
         assert losses[-1] > 0
 
 
 def test_parts_are_what_a_runtime_needs_in_one_form(checkpoint):
-    llama = [choices[0].part.tensors for choices in measured(checkpoint("llama"), "rtn", None)]
+    llama = [choices[0].part.tensors for choices in measured(checkpoint("llama"), "rtn", False)]
     assert len(llama) == 12
     for names in llama:
         leaves = {name.split(".")[-2] for name in names}
         assert leaves in ({"q_proj", "k_proj", "v_proj"}, {"o_proj"}, {"gate_proj", "up_proj"}, {"down_proj"})
-    mixtral = [choices[0].part for choices in measured(checkpoint("mixtral"), "rtn", None)]
+    mixtral = [choices[0].part for choices in measured(checkpoint("mixtral"), "rtn", False)]
     whole = [part for part in mixtral if "experts" in part.tensors[0]]
     assert [len(part.tensors) for part in whole] == [12, 12, 12]
-    single = measured(checkpoint("mixtral"), "rtn", None, per_expert=True)
+    single = measured(checkpoint("mixtral"), "rtn", False, per_expert=True)
     assert sum("experts" in choices[0].part.tensors[0] for choices in single) == 12
-    stacked = [choices[0].part for choices in measured(checkpoint("gpt_oss"), "rtn", None, per_expert=True)]
+    stacked = [choices[0].part for choices in measured(checkpoint("gpt_oss"), "rtn", False, per_expert=True)]
     assert sum("experts" in part.tensors[0] for part in stacked) == 3  # a stored stack has one scheme
     names = [name for part in mixtral for name in part.tensors]
     assert len(names) == len(set(names))
