@@ -97,6 +97,37 @@ def test_losses_at_the_outputs_have_the_order_of_their_bits(checkpoint):
         assert losses[-1] > 0
 
 
+def test_what_learned_rounding_takes_away_is_not_lost(checkpoint):
+    """By one share for all settings of a part, never more than all of it, and on the batch that it has not seen."""
+    for scaled in (False, True):
+        before, after = (measured(checkpoint("llama"), scaled=scaled, refine=steps) for steps in (0, 6))
+        shares = []
+        for plain, learned in zip(before, after, strict=True):
+            ratios = [late.loss / early.loss for early, late in zip(plain, learned, strict=True)]
+            if not scaled:
+                assert ratios == pytest.approx([ratios[0]] * 3, rel=1e-5)
+                assert ratios[0] <= 1 + 1e-9
+            shares.append(ratios[0])
+        assert min(shares) < 0.98
+
+
+def test_learning_begins_with_the_packed_weights_and_ends_where_it_ends(checkpoint, monkeypatch):
+    """In place of learning the dense weights are put back: nothing is lost at any setting."""
+    begun = []
+
+    def put_back(block, roundings, targets, order):
+        begun.append(float((block.forward(0) - targets[0]).abs().max()))
+        assert 0 not in order
+        for (parameter, cut), matrix in zip(block.places(list(roundings)), roundings, strict=True):
+            cut(parameter.data).copy_(block.weight(matrix))
+
+    monkeypatch.setattr("acc.compress.budget.learn", put_back)
+    table = measured(checkpoint("mixtral"), refine=2)
+    assert all(error > 1e-4 for error in begun)
+    assert len(begun) == len(table)
+    assert max(choice.loss for choices in table for choice in choices) < 1e-9
+
+
 def test_parts_are_what_a_runtime_needs_in_one_form(checkpoint):
     llama = [choices[0].part.tensors for choices in measured(checkpoint("llama"), "rtn", False)]
     assert len(llama) == 12
@@ -182,5 +213,6 @@ def test_divergence_is_that_of_the_definition():
     assert divergence(p, p) == 0
 
 
-def test_measuring_leaves_the_model_as_it_was(checkpoint):
-    assert measured(Path(checkpoint("llama"))) == measured(checkpoint("llama"))
+@pytest.mark.parametrize("refine", [0, 3])
+def test_measuring_leaves_the_model_as_it_was(checkpoint, refine):
+    assert measured(Path(checkpoint("llama")), refine=refine) == measured(checkpoint("llama"), refine=refine)
