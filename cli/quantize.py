@@ -54,7 +54,7 @@ def quantize(
     from ..registry import listing
     from .base import check_device, check_dtype, show_text
     from .packing import calibration, calibration_text, open_dense, pack
-    from .spending import FILE, Budget, recall, spend
+    from .spending import FILE, Budget, recall, recall_begun, spend
     from .ui import Screen
 
     if method in listing("compress", "Rewrite"):
@@ -95,8 +95,9 @@ def quantize(
         else:
             text = calibration_text(recipe, source)
             show_text(screen, text)
+            mix = recall_begun(folder, source, recipe, budget) if resume else None
             how = {"scaled": sensitivity == "kl", "per_expert": per_expert, "device": device}
-            mix = spend(screen, source, recipe, text, budget=budget, **how)
+            mix = mix or spend(screen, source, recipe, text, budget=budget, **how)
         mix.show(screen)
         recipe, papers = mix.of(recipe), {FILE: mix.record()}
     pack(

@@ -8,7 +8,7 @@ import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ..calibrate.text import CalibrationText
@@ -215,21 +215,44 @@ def recall(folder: Path, source: Source, recipe: Recipe, budget: Budget) -> Mix:
 
     Raises ValueError for a folder without that, where that run looked at another model, at other tensors, at another
     method, or had other settings of it, than `recipe`, and when no mix is within the budget."""
-    from ..calibrate.stream import Stream
-    from ..compress.apply import assign
-    from ..compress.budget import Choice, Part
-    from ..compress.recipe import Recipe, configure
     from ..formats.manifest import read_manifest
-    from ..formats.safefile import confined, read_json
 
     manifest = read_manifest(folder) if folder.is_dir() else None
     if manifest is None or not (folder / FILE).is_file():
         raise ValueError(f"--measured {folder}: no {FILE} of acc there; make one with acc quantize --bits 3.3 or --fit")
-    if manifest["identity"].get("source") != source.identity():
-        raise ValueError(f"--measured {folder}: was made of another model than {source.spec}")
+    return _recalled(folder, f"--measured {folder}", manifest["identity"], source, recipe, budget)
+
+
+def recall_begun(out: Path, source: Source, recipe: Recipe, budget: Budget) -> Mix | None:
+    """The same by what the run that is to be resumed measured before it was stopped; None where it had not."""
+    from ..formats.manifest import read_manifest
+    from ..formats.partial import partial_of
+    from ..formats.store import Store
+
+    for folder, identity in [
+        (partial_of(out), Store.unfinished(out)),
+        (out, (read_manifest(out) or {}).get("identity")),
+    ]:
+        if identity is not None and (folder / FILE).is_file():
+            return _recalled(folder, f"--resume: {folder}", identity, source, recipe, budget)
+    return None
+
+
+def _recalled(
+    folder: Path, where: str, identity: dict[str, Any], source: Source, recipe: Recipe, budget: Budget
+) -> Mix:
+    """From the file in `folder`, which a run of that identity wrote; `where` is what errors are said of."""
+    from ..calibrate.stream import Stream
+    from ..compress.apply import assign
+    from ..compress.budget import Choice, Part
+    from ..compress.recipe import Recipe, configure
+    from ..formats.safefile import confined, read_json
+
+    if identity.get("source") != source.identity():
+        raise ValueError(f"{where}: was made of another model than {source.spec}")
     told = read_json(confined(folder, FILE))
     try:
-        rewrites = Recipe.from_dict(manifest["identity"]["recipe"]).rewrites
+        rewrites = Recipe.from_dict(identity["recipe"]).rewrites
         kinds = [(one.pop("method"), one) for one in map(dict, told["settings"])]
         settings = [(method, configure(method, fields)) for method, fields in kinds]
         options = []
@@ -241,21 +264,19 @@ def recall(folder: Path, source: Source, recipe: Recipe, budget: Budget) -> Mix:
     except (KeyError, TypeError, ValueError):
         raise ValueError(f"{folder / FILE}: not as acc writes it; make the folder again") from None
     if budget.max_kl is not None and not scaled:
-        raise ValueError(
-            f"--measured {folder}: losses are of the blocks' outputs; --max-kl needs --sensitivity kl there"
-        )
+        raise ValueError(f"{where}: losses are of the blocks' outputs; --max-kl needs --sensitivity kl there")
     stream = Stream(recipe.rewrite(source))
     step, chosen = recipe.steps[0], assign(recipe, stream)
     if rewrites != recipe.rewrites:
-        raise ValueError(f"--measured {folder}: the weights were rotated otherwise there")
+        raise ValueError(f"{where}: the weights were rotated otherwise there")
     if (method := options[0][0].method) != step.method:
-        raise ValueError(f"--measured {folder}: is of --method {method}, not of {step.method}")
+        raise ValueError(f"{where}: is of --method {method}, not of {step.method}")
     for name, wanted in step.settings.model_dump().items():
         tried = {getattr(one, name) for _, one in settings}
         if len(tried) == 1 and wanted not in tried and name in step.settings.model_fields_set:
-            raise ValueError(f"--measured {folder}: was measured with {name} {tried.pop()}, not {wanted}")
+            raise ValueError(f"{where}: was measured with {name} {tried.pop()}, not {wanted}")
     known = {name for choices in options for name in choices[0].part.tensors}
     if odd := sorted(known ^ chosen.keys()):
-        raise ValueError(f"--measured {folder}: {odd[0]} and {len(odd) - 1} others are in one of the two runs alone")
+        raise ValueError(f"{where}: {odd[0]} and {len(odd) - 1} others are in one of the two runs alone")
     limit, _ = budget.limit(stream.source, chosen)
     return Mix.best(options, limit, budget, scaled)

@@ -97,6 +97,8 @@ def apply(
     if store.complete:
         report(1.0, "nothing left to do")
         return Outcome(store.out, [], [], time.monotonic() - started, {})
+    for name, text in (papers or {}).items():
+        store.keep(name, text)
     work = _Work(recipe, stream, chosen, batches, report)
     entries: dict[str, Entry] = {}
 

@@ -118,6 +118,15 @@ class Store:
             weight_map={name: file for file, header in headers.items() for name in header},
         )
 
+    def keep(self, name: str, text: str) -> None:
+        """Notes beside the journal what took long to find out; it goes with the work folder, `unfinished` or not."""
+        path, work = self.partial / name, self.partial / f"{name}.tmp"
+        with self._resumable(name, len(text), work):
+            work.write_text(text, encoding="utf-8")
+            sync(work)
+            work.replace(path)
+            sync_folder(self.partial)
+
     def records(self) -> Iterator[Record]:
         """The report so far, in the order of the units, timing included."""
         for unit in self.units:
@@ -252,6 +261,13 @@ class Store:
         folder = Path(os.path.abspath(Path(out).expanduser()))
         if not (resume and read_manifest(folder) is not None):
             check_out(folder, resume=resume, overwrite=overwrite)
+
+    @staticmethod
+    def unfinished(out: Path | str) -> dict[str, Any] | None:
+        """The identity of the run that left a work folder for `out` behind; None where there is none. Errors as in
+        `create`."""
+        lines = Store(Path(os.path.abspath(Path(out).expanduser())), {}, [])._read_journal()
+        return lines[0]["identity"] if lines else None
 
     def _check_space(self, needed: int, resume: bool) -> None:
         have = sum(path.stat().st_size for path in self.folder.glob("*.safetensors")) if resume else 0

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from acc.cli.main import run, verbs
+from acc.formats.store import Store
 from acc.registry import recipes
 
 ACC = Path(sys.executable).with_name("acc")
@@ -230,6 +231,31 @@ def test_a_loss_that_is_allowed_decides_the_bytes(capsys, model, text, checkpoin
     )
     code, _, err = call(capsys, "plan", checkpoint("mixtral"), *folder, "--max-kl", "0.1", "--method", "rtn")
     assert "another model" in err
+
+
+def test_what_a_mix_measured_is_not_measured_again(capsys, model, text, tmp_path, monkeypatch):
+    words = ["--method", "rtn", "--bits", "3.2", "--data", text, "--nsamples", "4", "--seqlen", "32"]
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    assert call(capsys, "quantize", model, whole, *words)[0] == 0
+    write = Store.write
+
+    def full(self, unit, *rest):
+        if unit == "block 1":
+            raise OSError(28, "No space left on device")
+        write(self, unit, *rest)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Store, "write", full)
+        assert call(capsys, "quantize", model, broken, *words)[0] != 0
+    monkeypatch.setattr("acc.compress.budget.measure", lambda *_, **__: pytest.fail("measured again"))
+    other = [*words[:3], "2.9", *words[4:]]
+    assert "cannot resume" in one_line(capsys, 2, "quantize", model, broken, *other, "--resume")
+    for _ in range(2):  # the second time there is nothing left to do
+        code, _, err = call(capsys, "quantize", model, broken, *words, "--resume")
+        assert code == 0, err
+    for path in whole.iterdir():
+        if path.name not in ("timing.jsonl", "manifest.json"):
+            assert path.read_bytes() == (broken / path.name).read_bytes(), path.name
 
 
 def test_settings_of_the_method_are_options(capsys, model, tmp_path):
