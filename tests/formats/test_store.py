@@ -592,3 +592,19 @@ def test_manifest_may_not_point_elsewhere(tmp_path):
     manifest["files"]["../secret"] = {"size": 1, "sha256": ""}
     (tmp_path / "out" / "manifest.json").write_text(json.dumps(manifest))
     assert verify_folder(tmp_path / "out")[0] == ["manifest.json: '../secret' is not a name inside the folder"]
+
+
+def test_what_is_kept_is_there_for_who_goes_on_and_goes_with_the_work_folder(tmp_path):
+    out = tmp_path / "out"
+    assert Store.unfinished(out) is None
+    begun = Store.create(out, IDENTITY, UNITS)
+    begun.keep("found.json", "1\n")
+    begun.keep("found.json", "2\n")
+    begun.lock.close()
+    assert Store.unfinished(out) == IDENTITY
+    assert (begun.partial / "found.json").read_text() == "2\n"
+    assert not list(begun.partial.glob("*.tmp"))
+    run(out, resume=True)
+    assert not begun.partial.exists()
+    assert "found.json" not in bytes_of(out)
+    assert Store.unfinished(out) is None
