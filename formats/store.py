@@ -119,7 +119,7 @@ class Store:
         )
 
     def keep(self, name: str, text: str) -> None:
-        """Notes beside the journal what took long to find out; it goes with the work folder, `unfinished` or not."""
+        """Writes a text into the work folder, whole or not at all, where it is while the run is `unfinished`."""
         path, work = self.partial / name, self.partial / f"{name}.tmp"
         with self._resumable(name, len(text), work):
             work.write_text(text, encoding="utf-8")
@@ -307,11 +307,7 @@ class Store:
                 self.lines.pop(line["unit"], None)
                 self.events.append(f"{line['file']} is not as the journal says: {line['unit']} is done again")
         clear(self.folder, keep={line["file"] for line in self.lines.values()})
-        work = self.journal.with_suffix(".tmp")
-        work.write_text("".join(f"{_line(line)}\n" for line in [lines[0], *self.lines.values()]), encoding="utf-8")
-        sync(work)
-        work.replace(self.journal)
-        sync_folder(self.partial)
+        self.keep(self.journal.name, "".join(f"{_line(line)}\n" for line in [lines[0], *self.lines.values()]))
         return True
 
     def _read_journal(self) -> list[dict[str, Any]]:
