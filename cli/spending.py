@@ -252,7 +252,7 @@ def _recalled(
         raise ValueError(f"{where}: was made of another model than {source.spec}")
     told = read_json(confined(folder, FILE))
     try:
-        rewrites = Recipe.from_dict(identity["recipe"]).rewrites
+        made = Recipe.from_dict(identity["recipe"])
         kinds = [(one.pop("method"), one) for one in map(dict, told["settings"])]
         settings = [(method, configure(method, fields)) for method, fields in kinds]
         options = []
@@ -267,8 +267,10 @@ def _recalled(
         raise ValueError(f"{where}: losses are of the blocks' outputs; --max-kl needs --sensitivity kl there")
     stream = Stream(recipe.rewrite(source))
     step, chosen = recipe.steps[0], assign(recipe, stream)
-    if rewrites != recipe.rewrites:
+    if made.rewrites != recipe.rewrites:
         raise ValueError(f"{where}: the weights were rotated otherwise there")
+    if min(made.refine, LEARNED) != min(recipe.refine, LEARNED):
+        raise ValueError(f"{where}: was measured for --refine {made.refine}, not {recipe.refine}")
     if (method := options[0][0].method) != step.method:
         raise ValueError(f"{where}: is of --method {method}, not of {step.method}")
     for name, wanted in step.settings.model_dump().items():

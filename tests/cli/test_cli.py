@@ -218,6 +218,7 @@ def test_a_loss_that_is_allowed_decides_the_bytes(capsys, model, text, checkpoin
             "--symmetric=true",
         ],
         "rotated otherwise": [*folder, "--bits", "3.4", "--method", "rtn", "--rotate", "heads"],
+        "for --refine 0, not 4": [*folder, "--bits", "3.4", "--method", "rtn", "--refine", "4"],
         "are in one of the two runs alone": [*folder, "--max-kl", "0.1", "--method", "rtn", "--ignore", "*down_proj*"],
         "lose less than": [*folder, "--max-kl", "1e-9", "--method", "rtn"],
         "no budget.json of acc there": ["--max-kl", "0.1", "--measured", tmp_path],
