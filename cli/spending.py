@@ -269,10 +269,10 @@ def _recalled(
     step, chosen = recipe.steps[0], assign(recipe, stream)
     if made.rewrites != recipe.rewrites:
         raise ValueError(f"{where}: the weights were rotated otherwise there")
-    if min(made.refine, LEARNED) != min(recipe.refine, LEARNED):
-        raise ValueError(f"{where}: was measured for --refine {made.refine}, not {recipe.refine}")
     if (method := options[0][0].method) != step.method:
         raise ValueError(f"{where}: is of --method {method}, not of {step.method}")
+    if min(made.refine, LEARNED) != min(recipe.refine, LEARNED):
+        raise ValueError(f"{where}: was measured for --refine {made.refine}, not {recipe.refine}")
     for name, wanted in step.settings.model_dump().items():
         tried = {getattr(one, name) for _, one in settings}
         if len(tried) == 1 and wanted not in tried and name in step.settings.model_fields_set:
