@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from ..calibrate.text import CalibrationText
     from ..compress.budget import Choice, Table
     from ..compress.recipe import Recipe
@@ -18,9 +20,11 @@ if TYPE_CHECKING:
     from .ui import Screen
 
 UNITS = {"": 1, "B": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
-TOKENS = 16384  # that settings are tried on; of these the first PROBE are what losses are measured on
-PROBE = 1024
-LEARNED = 8  # steps of learned rounding, at most, that tell what it will take away
+TOKENS = 20480  # that settings are tried on
+PROBE = 4096  # of these, that losses are measured on
+ALONE = 1024  # the same where rounding is not learned and every part is carried to the logits by itself
+LEARNED = 16  # steps of learned rounding, at most, that tell what it leaves
+LESSON = 1024  # tokens of such a step
 MARGIN = 0.99  # of the bytes, where outliers decide how many there will be
 MIDDLE = 3.5  # bits, of the settings that are tried when the loss is given
 FILE = "budget.json"
@@ -180,7 +184,6 @@ def spend(
     from ..calibrate.stream import Stream
     from ..compress.apply import assign
     from ..compress.budget import measure
-    from ..compress.refine import STEP_TOKENS
     from .ui import Meter
 
     rewritten = recipe.rewrite(source)
@@ -191,15 +194,14 @@ def spend(
     settings = list(dict.fromkeys(one for bits in near for one in step.settings.alternatives(bits)))
     if len(settings) < 2:
         raise ValueError(f"{step.method} has no settings around {wanted:.2f} bits that a budget could choose among")
-    first, rest = text.batches[:1, :PROBE], text.batches[1:].flatten()
-    length = first.shape[1]
-    rest = rest[: min(len(rest), TOKENS - length) // length * length].view(-1, length)
+    probe, rest = cut(text.batches, PROBE if recipe.refine else ALONE, TOKENS)
+    lessons = rest.split(max(1, LESSON // rest.shape[1])) if len(rest) else ()
     with Meter(screen) as meter:
         options = measure(
             rewritten,
             targets,
             [(step.method, one) for one in settings],
-            [first, *(rest.split(max(1, STEP_TOKENS // length)) if len(rest) else ())],
+            [probe, *lessons],
             bits=wanted,
             scaled=scaled,
             refine=min(recipe.refine, LEARNED),
@@ -208,6 +210,15 @@ def spend(
             report=meter,
         )
     return Mix.best(options, limit, budget, scaled)
+
+
+def cut(text: Tensor, probe: int, tokens: int) -> tuple[Tensor, Tensor]:
+    """Of sequences `[N, T]` the first ones, of about `probe` tokens but not more than a quarter, as one batch; and what
+    follows in rows of the same length, all together at most `tokens`."""
+    count = max(1, min(probe // text.shape[1], len(text) // 4))
+    first, rest = text[:count, :probe], text[count:].flatten()
+    length = first.shape[1]
+    return first, rest[: min(len(rest), tokens - first.numel()) // length * length].view(-1, length)
 
 
 def recall(folder: Path, source: Source, recipe: Recipe, budget: Budget) -> Mix:

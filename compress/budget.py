@@ -5,6 +5,7 @@ Parts are what a runtime needs in one form: matrices that share an input (q, k, 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -27,6 +28,7 @@ from .refine import Rounding, distance, learn
 
 GAP = 1e-4  # how near to the best a table has to be proved, relative
 SECONDS = 60.0  # for proving it
+FLOOR = 0.2  # of a part's share by its weights: so much of its block's loss is a part's at least, as learning is noisy
 
 
 @dataclass(frozen=True)
@@ -101,19 +103,21 @@ def measure(
     the block's output relative to each token's size.
 
     With `refine` steps of learned rounding, taken on the other batches at the setting that is nearest to `bits` stored
-    bits, all losses of a part shrink by the share that these take away. It may be two thirds of what is lost in q and
-    k, and nothing of what is lost in the last projection of a block, so a mix that is refined afterwards is another
-    than one that is not.
+    bits, a block loses what is left when all its parts are learned together, and a part's share of that is what is
+    gained when it is dense while the others are learned. Alone a part does not show it: q and k would lose most and
+    learn most of it back, and the last projections take on errors of the others. What a part loses at other settings
+    is in proportion to the errors of its matrices, since what learning leaves grows with these; not learned, a few
+    tokens may make up most of it.
 
-    Where they are to be `scaled`, losses become what they do to the logits: each part's output at that setting is
-    carried through the blocks after it, and its loss is the mean divergence KL(dense || packed) in nats per token. One
-    pass over the model does it for all parts.
+    Where losses are to be `scaled`, they become what they do to the logits: outputs at that setting, of each part alone
+    or of the whole block if it was learned, are carried through the blocks after it, and lose the mean divergence
+    KL(dense || packed) in nats per token. One pass over the model does it for all parts.
     """
     stream = Stream(source, dtype=torch.float32, device=device)
     needs = tuple(dict.fromkeys(n for _, method in methods for n in method.needs))
     table: list[list[Choice]] = []
-    carried: list[Tensor] = []  # of the parts, where losses are scaled: hidden states of the first batch
-    places: list[int] = []  # which of its choices was carried, for each part
+    carried: list[Tensor] = []  # hidden states of the first batch, where losses are scaled
+    origin: list[tuple[int, float]] = []  # of each part: what was carried for it, and what of the block that had lost
     for block in stream.blocks(batches):
         report(block.index / len(stream.skeleton.layers), f"measuring {block.name}")
         wanted, before = [matrix for matrix in block.matrices if matrix.tensor in targets], len(carried)
@@ -121,28 +125,30 @@ def measure(
         groups = passes(wanted, steps[0], max(STATISTICS_BYTES, block.nbytes)) if wanted else []
         if not groups:
             block.run()
+        kinds: list[_Kind] = []
         for group in groups:
             statistics = block.observe(group, needs, outputs=block.outputs is None)  # and who shares an input
-            made = [{m: packed for m, packed, _ in solve(block, group, step, statistics)} for step in steps]
-            for part in parts(block, group, statistics, per_expert):
-                inside = [matrix for matrix in group if matrix.tensor in part.tensors]
-                packed = [{matrix: each[matrix] for matrix in inside} for each in made]
-                sizes = [sum(map(_nbytes, each.values())) for each in packed]
-                nearest = min(range(len(sizes)), key=lambda at: abs(8 * sizes[at] / part.weights - bits))
-                losses, output = _losses(block, packed, nearest, statistics, refine)
-                table.append(
-                    [
-                        Choice(part, kind, method, nbytes, all(map(_firm, each.values())), loss)
-                        for (kind, method), each, nbytes, loss in zip(methods, packed, sizes, losses, strict=True)
-                    ]
-                )
-                if scaled:
-                    places.append(nearest)
-                    carried.append(output)
+            made = [_solved(block, group, step, statistics) for step in steps]
+            for whole in parts(block, group, statistics, per_expert=False):
+                inside = [matrix for matrix in group if matrix.tensor in whole.tensors]
+                pieces = [_Piece(part, made, inside, bits) for part in parts(block, inside, statistics, per_expert)]
+                kind = _Kind(pieces, _roundings(block, pieces, statistics) if refine else {})
+                for piece in pieces:
+                    piece.measure(block, learned=bool(kind.roundings))
+                kinds.append(kind)
             del statistics, made
+        pieces = [piece for kind in kinds for piece in kind.pieces]
+        together = _together(block, kinds, refine) if any(kind.roundings for kind in kinds) else None
+        table += [piece.choices(methods) for piece in pieces]
+        if scaled and together is not None:
+            origin += [(before, together[0])] * len(pieces)
+            carried.append(together[1])
+        elif scaled:
+            origin += [(before + at, piece.lost) for at, piece in enumerate(pieces)]
+            carried += [piece.output for piece in pieces]
         carried = [block.forward(0, hidden) if at < before else hidden for at, hidden in enumerate(carried)]
     if scaled:
-        table = _scaled(stream, table, places, carried)
+        table = _scaled(stream, table, origin, carried)
     stream.close()
     return table
 
@@ -216,31 +222,114 @@ def _proved(
     return Table(taken, float(found.mip_dual_bound) * scale)
 
 
-def _losses(
-    block: Block, packed: Sequence[dict[Matrix, PackedWeight]], nearest: int, statistics: Statistics, refine: int
-) -> tuple[list[float], Tensor]:
-    """What the block's output for the first batch loses with some of its weights packed, at each setting; and that
-    output at the `nearest`, learned if it is to be."""
-    assert block.outputs is not None
-    target, others = block.outputs[0], range(min(1, len(block.outputs) - 1), len(block.outputs))
-    losses, kept = [], torch.empty(0)
-    for at, made in enumerate(packed):
-        with _instead(block, made):
-            output = block.forward(0)
-        losses.append(float(distance(output, target)))
-        kept = output if at == nearest else kept
-    if not refine or losses[nearest] == 0:
-        return losses, kept
-    known = {matrix: statistics.of(matrix).values() for matrix in packed[nearest]}
-    begun = {matrix: Rounding.of(made, block.weight(matrix), known[matrix]) for matrix, made in packed[nearest].items()}
-    if roundings := {matrix: rounding for matrix, rounding in begun.items() if rounding is not None}:
-        with _instead(block, packed[nearest]):
-            learn(block, roundings, block.outputs, [others[step % len(others)] for step in range(refine)])
-            output = block.forward(0)
-        share = float(distance(output, target)) / losses[nearest]
-        if share < 1:
-            losses, kept = [loss * share for loss in losses], output
-    return losses, kept
+Made = dict[Matrix, tuple[PackedWeight, float]]  # packed, and its relative error
+
+
+def _solved(block: Block, group: list[Matrix], step: dict[str, Step], statistics: Statistics) -> Made:
+    return {m: (packed, record["relative_error"]) for m, packed, record in solve(block, group, step, statistics)}
+
+
+class _Piece:
+    """A part at every setting: its bytes and, once measured, what is lost; its packed weights at the one that is
+    `nearest` to the bits that are wanted."""
+
+    def __init__(self, part: Part, made: Sequence[Made], inside: Sequence[Matrix], bits: float):
+        own = [matrix for matrix in inside if matrix.tensor in part.tensors]
+        self.part, self._made = part, [{matrix: each[matrix] for matrix in own} for each in made]
+        self.sizes = [sum(_nbytes(packed) for packed, _ in each.values()) for each in self._made]
+        self.firm = [all(_firm(packed) for packed, _ in each.values()) for each in self._made]
+        self.nearest = min(range(len(made)), key=lambda at: abs(8 * self.sizes[at] / part.weights - bits))
+        self.packed = {matrix: packed for matrix, (packed, _) in self._made[self.nearest].items()}
+        self.losses: list[float] = []
+        self.output = torch.empty(0)
+
+    @property
+    def lost(self) -> float:
+        return self.losses[self.nearest]
+
+    def measure(self, block: Block, learned: bool) -> None:
+        """What the block's output `[B, T, H]` for the first batch loses with this part packed, and that output at the
+        nearest setting; if it will be learned, at that one, and at others in proportion to the matrices' own errors."""
+        assert block.outputs is not None
+        for at, made in enumerate(self._made):
+            if at == self.nearest or not learned:
+                with _instead(block, {matrix: packed for matrix, (packed, _) in made.items()}):
+                    output = block.forward(0)
+                self.losses.append(float(distance(output, block.outputs[0])))
+                self.output = output if at == self.nearest else self.output
+            else:
+                self.losses.append(0.0)
+        if learned:
+            errors = [sum(math.prod(m.shape) * error for m, (_, error) in made.items()) for made in self._made]
+            self.losses = [self.lost * error / (errors[self.nearest] or 1.0) for error in errors]
+        self._made = []
+
+    def choices(self, methods: Sequence[tuple[str, Method]]) -> list[Choice]:
+        each = zip(methods, self.sizes, self.firm, self.losses, strict=True)
+        return [Choice(self.part, *method, nbytes, firm, loss) for method, nbytes, firm, loss in each]
+
+
+@dataclass
+class _Kind:
+    """The parts of a block that share an input, or its experts: what is learned, or left dense, as one."""
+
+    pieces: list[_Piece]
+    roundings: dict[Matrix, Rounding]  # where learning begins
+
+    @property
+    def packed(self) -> dict[Matrix, PackedWeight]:
+        return {matrix: packed for piece in self.pieces for matrix, packed in piece.packed.items()}
+
+    @property
+    def weights(self) -> int:
+        return sum(piece.part.weights for piece in self.pieces)
+
+    def scale(self, lost: float) -> None:
+        """Makes all that is lost at the nearest settings `lost`, and the rest in proportion."""
+        known = sum(piece.lost for piece in self.pieces)
+        for piece in self.pieces:
+            piece.losses = [loss * lost / known if known > 0 else 0.0 for loss in piece.losses]
+
+
+def _roundings(block: Block, pieces: Sequence[_Piece], statistics: Statistics) -> dict[Matrix, Rounding]:
+    found = {}
+    for matrix, packed in ((matrix, packed) for piece in pieces for matrix, packed in piece.packed.items()):
+        begun = Rounding.of(packed, block.weight(matrix), statistics.of(matrix).values())
+        if begun is not None:
+            found[matrix] = begun
+    return found
+
+
+def _together(block: Block, kinds: Sequence[_Kind], steps: int) -> tuple[float, Tensor]:
+    """Scales losses to what is left when a block's parts are learned together, and to each one's share of that.
+
+    Returns what is left, and the block's output `[B, T, H]`."""
+    outputs = block.outputs
+    assert outputs is not None
+    others = range(min(1, len(outputs) - 1), len(outputs))
+    order = [others[step % len(others)] for step in range(steps)]
+
+    def left(dense: _Kind | None = None) -> tuple[float, Tensor]:
+        """With one kind dense. As in a run, what was learned is left out where it does not help."""
+        packed, learned = {}, {}
+        for kind in kinds:
+            if kind is not dense:
+                packed |= kind.packed
+                learned |= {matrix: rounding.copy() for matrix, rounding in kind.roundings.items()}
+        found = []
+        with _instead(block, packed):
+            found.append(block.forward(0))
+            if learned:
+                learn(block, learned, outputs, order)
+                found.append(block.forward(0))
+        return min(((float(distance(output, outputs[0])), output) for output in found), key=lambda each: each[0])
+
+    lost, output = left()
+    every = sum(kind.weights for kind in kinds)
+    shares = [max(lost - left(kind)[0], FLOOR * lost * kind.weights / every) for kind in kinds]
+    for kind, share in zip(kinds, shares, strict=True):
+        kind.scale(lost * share / (sum(shares) or 1.0))
+    return lost, output
 
 
 @contextmanager
@@ -268,13 +357,15 @@ def _firm(packed: PackedWeight) -> bool:
     return all(None not in size for size, _ in packed.layout(packed.shape, packed.scheme).values())
 
 
-def _scaled(stream: Stream, table: list[list[Choice]], scaled: list[int], carried: list[Tensor]) -> list[list[Choice]]:
-    """Losses at the blocks' outputs, as divergences of the logits: in proportion, from the one that was carried."""
+def _scaled(
+    stream: Stream, table: list[list[Choice]], origin: list[tuple[int, float]], carried: list[Tensor]
+) -> list[list[Choice]]:
+    """Losses at the blocks' outputs, as divergences of the logits: in proportion, from what was carried."""
     dense = next(stream.logits())
+    diverged = [divergence(dense, logits) for logits in stream.logits_of(0, carried)]
     found = []
-    for choices, at, logits in zip(table, scaled, stream.logits_of(0, carried), strict=True):
-        here = choices[at].loss
-        factor = divergence(dense, logits) / here if here > 0 else 0.0
+    for choices, (at, lost) in zip(table, origin, strict=True):
+        factor = diverged[at] / lost if lost > 0 else 0.0
         found.append([replace(choice, loss=choice.loss * factor) for choice in choices])
     return found
 

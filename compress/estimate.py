@@ -193,12 +193,15 @@ def duration(todo: Work, speed: Speed) -> dict[str, float]:
     return {phase: seconds for phase, seconds in found.items() if seconds}
 
 
-def probing(shapes: Shapes, choices: int, probe: int, tokens: int, steps: int, speed: Speed) -> float:
-    """Seconds of forward passes that a budget takes: every part at every choice on `probe` tokens, one of each carried
-    to the end and learned in so many `steps`, and all `tokens` once."""
+def probing(shapes: Shapes, choices: int, probe: int, tokens: int, learned: int, speed: Speed) -> float:
+    """Seconds of forward passes that a budget takes: all `tokens` once; every part at every choice on `probe` tokens
+    and one of each carried to the end or, where rounding is learned on so many tokens, each block learned whole and
+    with each part dense, and one output of each block carried."""
     blocks = len(shapes.blocks)
     each = sum(2 * shapes.active(index) for index in range(blocks)) / blocks
-    runs = PARTS * blocks * ((choices + blocks / 2) * probe + 3 * steps * STEP_TOKENS) + blocks * tokens
+    tried = (PARTS + 1) * (3 * learned + 2 * probe) if learned else PARTS * choices * probe
+    carried = (1 if learned else PARTS) * blocks / 2 * probe
+    runs = blocks * (tried + carried + tokens)
     return runs * each / (EFFICIENCY * speed.statistics)  # in fp32
 
 

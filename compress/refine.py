@@ -6,6 +6,7 @@ SignRound (arXiv 2309.05516), begun from what a method made instead of from the 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from copy import copy
 
 import torch
 from torch import Tensor
@@ -40,6 +41,12 @@ class Rounding:
         error = packed.dequantize() - weight.float()
         known = next((statistic for statistic in statistics if statistic.tokens), None)
         return cls(packed, levels, weight + (known.alone(error) if known is not None else torch.zeros_like(error)))
+
+    def copy(self) -> Rounding:
+        """One that is learned apart from this."""
+        other = copy(self)
+        other.value = self.value.clone()
+        return other
 
     def codes(self) -> Tensor:
         return self.value.round().clamp_(0, self.levels.top)

@@ -11,7 +11,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from acc.cli.main import run, verbs
+from acc.cli.spending import cut
 from acc.formats.store import Store
 from acc.registry import recipes
 
@@ -170,9 +172,25 @@ def test_a_budget_mixes_bits(capsys, model, text, tmp_path):
 
 @pytest.mark.parametrize(("nsamples", "seqlen"), [(1, 48), (3, 200)])
 def test_a_budget_takes_any_sequences(capsys, model, text, tmp_path, monkeypatch, nsamples, seqlen):
-    monkeypatch.setattr("acc.cli.spending.PROBE", 64)
+    for name in ("PROBE", "ALONE"):
+        monkeypatch.setattr(f"acc.cli.spending.{name}", 64)
     words = ["quantize", model, tmp_path / "mix", "--method", "rtn", "--bits", "3.2", "--data", text]
-    assert call(capsys, *words, "--nsamples", nsamples, "--seqlen", seqlen)[0] == 0
+    for refine in ("0", "2"):
+        more = ["--nsamples", nsamples, "--seqlen", seqlen, "--refine", refine, "--overwrite"]
+        code, _, err = call(capsys, *words, *more)
+        assert code == 0, err
+
+
+@pytest.mark.parametrize(
+    ("rows", "length", "first", "rest"),
+    [(1, 48, (1, 48), (0, 48)), (3, 200, (1, 64), (5, 64)), (32, 16, (4, 16), (20, 16)), (8, 16, (2, 16), (6, 16))],
+)
+def test_losses_are_measured_on_other_text_than_is_learned_on(rows, length, first, rest):
+    text = torch.arange(rows * length).view(rows, length)
+    probe, lessons = cut(text, 64, 384)
+    assert (probe.shape, lessons.shape) == (first, rest)
+    used = [*probe.flatten().tolist(), *lessons.flatten().tolist()]
+    assert len(set(used)) == len(used) <= 384
 
 
 def test_a_loss_that_is_allowed_decides_the_bytes(capsys, model, text, checkpoint, tmp_path):
