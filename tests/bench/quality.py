@@ -48,6 +48,7 @@ ROWS = {
     "gptq 4, symmetric, groups of 128": ["gptq", "4", "--group-size", "128", "--grid", "symmetric"],
     "gptq 2.5, mixed": ["gptq", "2.5"],
     "gptq 3, mixed": ["gptq", "2.9999"],
+    "gptq 3.16, mixed": ["gptq", "3.1608"],  # as many as groups of 128 take
     "gptq 3.297, mixed": ["gptq", "3.296875"],  # as many as groups of 64 take
     "gptq 3.5, mixed": ["gptq", "3.5"],
     "spqr 2.9, mixed": ["spqr", "2.9"],
