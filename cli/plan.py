@@ -229,7 +229,7 @@ def _cost(
     import os
 
     from ..compress.estimate import Shapes, duration, measure, memory, probing, work
-    from .spending import ALONE, LEARNED, LESSON, PROBE, TOKENS
+    from .spending import LESSON, TOKENS, effort
 
     wanted = recipe.calibration
     tokens = wanted.nsamples * wanted.seqlen if recipe.needs or recipe.refine else 0
@@ -239,8 +239,9 @@ def _cost(
     speed = measure(recipe, stream.dtype)
     seconds = duration(work(shapes, before, sum(after.values()), tokens), speed)
     if tries > 1:
-        probe, learned = (PROBE, LESSON * min(recipe.refine, LEARNED)) if recipe.refine else (ALONE, 0)
-        seconds["measure"] = tries * seconds.get("solve", 0.0) + probing(shapes, tries, probe, TOKENS, learned, speed)
+        probe, steps = effort(recipe.refine)
+        passes = probing(shapes, tries, probe, TOKENS, LESSON * steps, speed)
+        seconds["measure"] = tries * seconds.get("solve", 0.0) + passes
     machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else None
     return {
         "tokens": tokens,

@@ -194,7 +194,8 @@ def spend(
     settings = list(dict.fromkeys(one for bits in near for one in step.settings.alternatives(bits)))
     if len(settings) < 2:
         raise ValueError(f"{step.method} has no settings around {wanted:.2f} bits that a budget could choose among")
-    probe, rest = cut(text.batches, PROBE if recipe.refine else ALONE, TOKENS)
+    tokens, learned = effort(recipe.refine)
+    probe, rest = cut(text.batches, tokens, TOKENS)
     lessons = rest.split(max(1, LESSON // rest.shape[1])) if len(rest) else ()
     with Meter(screen) as meter:
         options = measure(
@@ -204,12 +205,17 @@ def spend(
             [probe, *lessons],
             bits=wanted,
             scaled=scaled,
-            refine=min(recipe.refine, LEARNED),
+            refine=learned,
             per_expert=per_expert,
             device=device,
             report=meter,
         )
     return Mix.best(options, limit, budget, scaled)
+
+
+def effort(refine: int) -> tuple[int, int]:
+    """Tokens that losses are measured on, and steps of learned rounding that are taken, for a run of `refine` steps."""
+    return (PROBE, min(refine, LEARNED)) if refine else (ALONE, 0)
 
 
 def cut(text: Tensor, probe: int, tokens: int) -> tuple[Tensor, Tensor]:
@@ -282,7 +288,7 @@ def _recalled(
         raise ValueError(f"{where}: the weights were rotated otherwise there")
     if (method := options[0][0].method) != step.method:
         raise ValueError(f"{where}: is of --method {method}, not of {step.method}")
-    if min(made.refine, LEARNED) != min(recipe.refine, LEARNED):
+    if effort(made.refine) != effort(recipe.refine):
         raise ValueError(f"{where}: was measured for --refine {made.refine}, not {recipe.refine}")
     for name, wanted in step.settings.model_dump().items():
         tried = {getattr(one, name) for _, one in settings}

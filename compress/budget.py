@@ -251,17 +251,17 @@ class _Piece:
         """What the block's output `[B, T, H]` for the first batch loses with this part packed, and that output at the
         nearest setting; if it will be learned, at that one, and at others in proportion to the matrices' own errors."""
         assert block.outputs is not None
-        for at, made in enumerate(self._made):
-            if at == self.nearest or not learned:
-                with _instead(block, {matrix: packed for matrix, (packed, _) in made.items()}):
-                    output = block.forward(0)
-                self.losses.append(float(distance(output, block.outputs[0])))
-                self.output = output if at == self.nearest else self.output
-            else:
-                self.losses.append(0.0)
+        found: dict[int, float] = {}
+        for at in [self.nearest] if learned else range(len(self._made)):
+            with _instead(block, {matrix: packed for matrix, (packed, _) in self._made[at].items()}):
+                output = block.forward(0)
+            found[at] = float(distance(output, block.outputs[0]))
+            self.output = output if at == self.nearest else self.output
         if learned:
             errors = [sum(math.prod(m.shape) * error for m, (_, error) in made.items()) for made in self._made]
-            self.losses = [self.lost * error / (errors[self.nearest] or 1.0) for error in errors]
+            self.losses = [found[self.nearest] * error / (errors[self.nearest] or 1.0) for error in errors]
+        else:
+            self.losses = list(found.values())
         self._made = []
 
     def choices(self, methods: Sequence[tuple[str, Method]]) -> list[Choice]:
