@@ -52,7 +52,10 @@ class CompressedTensors(Engine):
     def refuses(self, name: str, entry: Entry) -> str | None:
         reason = refuses_grouped(name, entry, BITS)
         if reason is None and _EXPERT.search(name) and not entry.scheme["symmetric"]:
-            return "it is an expert with zeros, and readers take experts for symmetric: see --symmetric, or --to gptq"
+            return (
+                "it is an expert with zeros, and readers take experts for symmetric: pack it with --grid symmetric "
+                "(gptq) or --symmetric true (rtn), or take --to gptq"
+            )
         return reason
 
     def plan(self, packed: Mapping[str, Entry], kept: list[str]) -> dict[str, Any]:
