@@ -117,9 +117,11 @@ def sampler(source: Source, dtype: Any = None) -> Any:
     """A function that draws token ids from the model itself."""
     from transformers import AutoModelForCausalLM
 
+    from ..calibrate.stream import computed_in
     from ..calibrate.text import sample_self
 
-    model = AutoModelForCausalLM.from_pretrained(source.folder, dtype=dtype or source.dtype).eval()
+    dtype = dtype or computed_in(source.dtype, "cpu")
+    model = AutoModelForCausalLM.from_pretrained(source.folder, dtype=dtype).eval()
     return partial(sample_self, model)
 
 
@@ -169,6 +171,16 @@ def check_device(device: str) -> str:
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {device}: {str(error).splitlines()[0]}") from None
     return device
+
+
+def show_dtype(screen: Screen, source: Source, dtype: str, device: str) -> None:
+    """Says so where `auto` is not the model's own type."""
+    from ..calibrate.stream import computed_in
+
+    used = computed_in(source.dtype, device)
+    if dtype == "auto" and used != source.dtype:
+        own, used = (str(kind).removeprefix("torch.") for kind in (source.dtype, used))
+        screen.field("Run in", f"{used}: this processor has no products of {own}; --dtype {own} would be slow")
 
 
 def check_dtype(dtype: str) -> Any:

@@ -91,7 +91,7 @@ def calibrate(
     from ..formats.calibration import Calibration, Journal, facts
     from ..formats.partial import check_out
     from ..formats.source import open_source
-    from .base import check_device, check_dtype
+    from .base import check_device, check_dtype, show_dtype
     from .learned import brief
     from .packing import plain_name
     from .pictures import draw
@@ -121,6 +121,7 @@ def calibrate(
         prompts, record = _prompts(screen, source, data, nsamples, seqlen, seed, kinds)
         settings = {name: one.model_dump() for name, one in chosen.items()}
         journal = Journal(folder.absolute(), _identity(source, settings, record), resume=resume, overwrite=overwrite)
+        show_dtype(screen, source, dtype, device)
         run = {"dtype": kind, "device": device, "spill": spill}
         clocked = Clock()
         tensors, told = _learn(screen, source, chosen, prompts, journal, again, run | {"clock": clocked})

@@ -46,7 +46,7 @@ def eval(
     from ..calibrate.evaluate import windows as cut
     from ..calibrate.stream import Stream
     from ..formats.source import open_source
-    from .base import bits_of, check_device, check_dtype, plan_of
+    from .base import bits_of, check_device, check_dtype, plan_of, show_dtype
     from .ui import Meter, Missed, Screen
 
     screen = Screen(as_json)
@@ -68,6 +68,7 @@ def eval(
     batches = cut(ids, window, windows)
     screen.field("Text", f"{data}: {unscored(ids, batches, windows)}")
     screen.field("", record["bos"])
+    show_dtype(screen, source, dtype, device)
     own = Stream(source, dtype=kind, device=device, spill=spill)
     of_base = Stream(other, dtype=kind, device=device, spill=spill) if other is not None else None
     with contextlib.ExitStack() as stack:
@@ -101,6 +102,7 @@ def _ask(
 ) -> None:
     """`--passkeys`."""
     from ..calibrate.passkeys import passkeys, prompts_of
+    from ..calibrate.stream import computed_in
     from .base import loaded_model, text_limits, tokenizer_of
     from .ui import Meter, size
 
@@ -110,7 +112,7 @@ def _ask(
     ids, record = _ids(data, source, seqlen, -(-count // 8), seed)
     prompts = prompts_of(tokenizer_of(source), ids, seqlen, count, domain=data, seed=seed)
     screen.field("Prompts", f"{len(prompts)} of {seqlen} tokens, {count} passkeys in all")
-    model = loaded_model(source, dtype, planes, device)
+    model = loaded_model(source, dtype or computed_in(source.dtype, device), planes, device)
     caches: list[Any] = []
 
     def new_cache() -> Any:

@@ -88,13 +88,15 @@ def pack(
     from ..compress.refine import STEP_TOKENS
     from ..formats.source import open_source
     from ..formats.store import Store
-    from .base import bits_of, show_text
+    from .base import bits_of, show_dtype, show_text
     from .ui import Meter
 
     Store.check(folder, resume=resume, overwrite=overwrite)
     rewritten = recipe.rewrite(source)
     assign(recipe, Stream(rewritten))  # a pattern that fits nothing is found before the text is read
     show_recipe(screen, recipe, source)
+    show_dtype(screen, source, recipe.dtype, device)
+    recipe = recipe.settled(source.dtype, device)
     for note in rewritten.notes:
         screen.field("Rewrite", note)
     if text is None and (recipe.needs or recipe.refine):

@@ -81,7 +81,7 @@ def plan(
     rewritten = wanted.rewrite(source)
     stream = Stream(rewritten, dtype=check_dtype(wanted.dtype))
     tried: dict[int, int] = {}
-    asked, mix, tries = wanted, None, 1
+    asked, mix = wanted, None
     if measured is not None:
         mix = recall(measured, source, wanted, budget)
         wanted = mix.of(wanted)
@@ -91,12 +91,11 @@ def plan(
     after, choices = sizes(chosen, stream), [chosen]
     if mixed is not None:
         after, choices = _mixed(mixed, wanted.steps[0], chosen, stream)
-        tries = len(choices)
     result: dict[str, Any] = _bytes_of(source, rewritten, chosen, after) | {"recipe": wanted.to_dict()}
     if budget.fit is not None and mix is None:
         left = budget.fit - (result["after"] - result["packed_after"])
         result["fit"] = {"limit": budget.fit, "bytes": tried, "mixed_bits": 8 * left / result["packed_parameters"]}
-    result |= _cost(wanted, stream, chosen, source, after, batch, tries) | {"disk": _disk(source, after, out)}
+    result |= _cost(wanted, stream, chosen, source, after, batch, choices) | {"disk": _disk(source, after, out)}
     result["engines"] = _engines(source, [planned_entries(each, stream) for each in choices])
     result["mixed"] = mixed
     if mix is not None:
@@ -223,12 +222,13 @@ def _cost(
     source: Source,
     after: dict[str, int],
     batch: int,
-    tries: int,
+    choices: list[dict[str, Step]],
 ) -> dict[str, Any]:
-    """Estimates of memory and time; of several settings that are tried a mix is made, for which each is measured."""
+    """Estimates of memory and time; of several choices a mix is made, for which each is measured."""
     import os
 
-    from ..compress.estimate import Shapes, duration, measure, memory, probing, work
+    from ..compress.estimate import Shapes, duration, measure, memory, memory_of_measuring, probing, work
+    from ..compress.plan import sizes
     from .spending import LESSON, TOKENS, effort
 
     wanted = recipe.calibration
@@ -238,10 +238,13 @@ def _cost(
     before = sum(source.info(name).nbytes for name in source.names())
     speed = measure(recipe, stream.dtype)
     seconds = duration(work(shapes, before, sum(after.values()), tokens), speed)
-    if tries > 1:
+    if len(choices) > 1:
         probe, steps = effort(recipe.refine)
-        passes = probing(shapes, tries, probe, TOKENS, LESSON * steps, speed)
-        seconds["measure"] = tries * seconds.get("solve", 0.0) + passes
+        seen = min(TOKENS, tokens)
+        passes = probing(shapes, len(choices), probe, seen, LESSON * steps, speed)
+        seconds["measure"] = len(choices) * seconds.get("solve", 0.0) + passes
+        each = [sizes(choice, stream) for choice in choices]
+        moments["measure"] = memory_of_measuring(shapes, each, probe, seen, LESSON if steps else 0)
     machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else None
     return {
         "tokens": tokens,
@@ -288,15 +291,18 @@ MOMENTS = {
     "observe": "while a block is observed",
     "solve": "while a block is solved",
     "refine": "while rounding is learned",
+    "measure": "while a mix is measured",
     "check": "while the result is checked",
 }
 
 
 def _show(screen: Screen, recipe: Recipe, source: Source, rewritten: Source, result: dict[str, Any]) -> None:
+    from .base import show_dtype
     from .packing import show_recipe
     from .ui import clock, count, size
 
     show_recipe(screen, recipe, source)
+    show_dtype(screen, source, recipe.dtype, "cpu")
     for note in rewritten.notes:
         screen.field("Rewrite", note)
     if "fit" in result:

@@ -79,6 +79,7 @@ def apply(
     """
     started = time.monotonic()
     original, source = source, recipe.rewrite(source)
+    recipe = recipe.settled(source.dtype, device)
     dtype = None if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
     stream = Stream(source, dtype=dtype, device=device, spill=spill)
     chosen = assign(recipe, stream)

@@ -6,7 +6,7 @@ import math
 import re
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -43,7 +43,7 @@ class Speed:
     products: float  # operations per second of a product in the type that blocks are run in
     statistics: float  # the same in fp32
     copy: float  # bytes per second, read and written
-    solving: dict[str, float]  # method -> seconds for each weight on one core, products apart
+    solving: dict[str, tuple[float, float]]  # method -> seconds for each column and, beside, for each weight
     threads: int
 
 
@@ -56,6 +56,7 @@ class Work:
     solve: float
     refine: float
     weights: dict[str, int]  # method -> weights to be solved
+    columns: dict[str, int]  # method -> columns that are gone through, of every input of its own
     moved: float  # bytes read and written
 
 
@@ -67,6 +68,7 @@ class Shapes:
         config = skeleton.model.config.get_text_config(decoder=True)
         self.recipe, self.chosen, self.stream = recipe, chosen, stream
         self.hidden: int = config.hidden_size
+        self.vocabulary: int = config.vocab_size
         self.heads: int = config.num_attention_heads
         width = getattr(config, "head_dim", None)
         self.attention: int = self.heads * width if width else self.hidden
@@ -81,24 +83,49 @@ class Shapes:
     def wanted(self, block: list[Matrix]) -> list[Matrix]:
         return [matrix for matrix in block if matrix.tensor in self.chosen]
 
-    def inputs(self, block: list[Matrix]) -> dict[object, tuple[int, float]]:
-        """`{input: (features, share of the tokens that it sees)}` of what needs statistics. That linears of one module
-        share their input, but for the one that leaves it, is a guess: only running tells."""
-        found: dict[object, tuple[int, float]] = {}
+    def inputs(self, block: list[Matrix]) -> dict[object, tuple[int, float, str]]:
+        """`{input: (features, share of the tokens that it sees, method)}` of what needs statistics. That linears of one
+        module share their input, but for the one that leaves it, is a guess: only running tells."""
+        found: dict[object, tuple[int, float, str]] = {}
         for matrix in self.wanted(block):
-            if self.chosen[matrix.tensor].settings.needs:
+            step = self.chosen[matrix.tensor]
+            if step.settings.needs:
                 linear = matrix.role == "linear"
                 key: object = (matrix.module, matrix.expert, matrix.role)
                 if linear:
                     parent, _, leaf = matrix.module.rpartition(".")
                     key = parent, matrix.shape[1], bool(_LEAVES.match(leaf))
-                found[key] = matrix.shape[1], 1.0 if linear else self.share
+                found[key] = matrix.shape[1], 1.0 if linear else self.share, step.method
         return found
 
     def active(self, index: int) -> float:
         """Weights that a token is multiplied by."""
         idle = sum(math.prod(m.shape) for m in self.blocks[index] if m.role != "linear") * (1 - self.share)
         return self.weights[index] - idle
+
+    def kept(self, index: int, size: int) -> float:
+        """Bytes of the statistics that are kept at once, while weights have `size` bytes."""
+        squares = [4.0 * features**2 for features, *_ in self.inputs(self.blocks[index]).values()]
+        return min(sum(squares), max(STATISTICS_BYTES, size * self.weights[index], max(squares, default=0)))
+
+    def activations(self, index: int, tokens: int) -> float:
+        """Bytes that a forward of so many tokens at once holds."""
+        inner = [m for m in self.wanted(self.blocks[index]) if m.shape[1] != self.hidden]
+        wide = sum(m.shape[1] * (1.0 if m.expert is None else self.share) for m in inner)
+        act = tokens * 4 * (ACTIVATIONS[0] * self.hidden + ACTIVATIONS[1] * wide)
+        return act + (tokens * 12 * self.heads * self.recipe.calibration.seqlen if self.eager else 0)
+
+    def solving(self, index: int) -> float:
+        """Bytes that solving a block's matrices takes, beside its statistics and what was packed."""
+        wanted = self.wanted(self.blocks[index])
+        largest = max((math.prod(m.shape) for m in wanted), default=0)
+        square = max((4.0 * features**2 for features, *_ in self.inputs(self.blocks[index]).values()), default=0.0)
+        together = max(largest, min(TOGETHER, sum(math.prod(m.shape) for m in wanted)))
+        # a square is factorised in five copies; two stay while matrices are solved
+        return max(5 * square, 2 * square * together / max(largest, 1) + SCRATCH * together)
+
+    def packed(self, index: int, after: Mapping[str, int]) -> int:
+        return sum(after[name] for name in {m.tensor for m in self.wanted(self.blocks[index])})
 
     def fused(self, index: int) -> int:
         """Weights of the largest parameter that is put together from several tensors."""
@@ -119,27 +146,37 @@ def memory(shapes: Shapes, after: Mapping[str, int], tokens: int, batch: int) ->
     carried = (2 if refine else 1) * tokens * shapes.hidden * size
     found = {"observe": 0.0, "solve": 0.0, "refine": 0.0, "check": 4.0 * shapes.outer}
     for index, block in enumerate(shapes.blocks):
-        wanted, weights = shapes.wanted(block), shapes.weights[index]
-        largest = max((math.prod(m.shape) for m in wanted), default=0)
-        squares = [4.0 * features**2 for features, _ in shapes.inputs(block).values()]
-        kept = min(sum(squares), max(STATISTICS_BYTES, size * weights, max(squares, default=0)))
-        inner = [m for m in wanted if m.shape[1] != shapes.hidden]
-        wide = sum(m.shape[1] * (1.0 if m.expert is None else shapes.share) for m in inner)
-        act = once * 4 * (ACTIVATIONS[0] * shapes.hidden + ACTIVATIONS[1] * wide)
-        act += once * 12 * shapes.heads * seqlen if shapes.eager else 0
-        packed = sum(after[name] for name in {m.tensor for m in wanted})
-        fused = shapes.fused(index)
+        weights, fused = shapes.weights[index], shapes.fused(index)
+        kept, act, packed = shapes.kept(index, size), shapes.activations(index, once), shapes.packed(index, after)
         if tokens:
             found["observe"] = max(found["observe"], carried + size * weights + max(size * fused, kept + act))
-        together = max(largest, min(TOGETHER, sum(math.prod(m.shape) for m in wanted)))
-        square = max(squares, default=0.0)  # factorised in five copies; two stay while matrices are solved
-        solving = max(5 * square, 2 * square * together / max(largest, 1) + SCRATCH * together)
-        solving += carried + kept + packed + (size * weights if refine else 0)
+        solving = carried + kept + packed + (size * weights if refine else 0) + shapes.solving(index)
         found["solve"] = max(found["solve"], solving)
         if refine:
             found["refine"] = max(found["refine"], carried + (size + REFINE) * weights + BACKWARD * act + packed)
+        largest = max((math.prod(m.shape) for m in shapes.wanted(block)), default=0)
         found["check"] = max(found["check"], 4.0 * (weights + max(fused, 2 * largest)))
     return {moment: PROCESS + HEAP * nbytes for moment, nbytes in found.items() if nbytes}
+
+
+def memory_of_measuring(
+    shapes: Shapes, choices: Sequence[Mapping[str, int]], probe: int, tokens: int, lesson: int
+) -> float:
+    """Bytes that a run has at its greatest while it measures what a mix loses, in fp32: a block's packed weights at
+    every choice, as `sizes` gives them; hidden states of all `tokens` before and after the block; and `probe` tokens of
+    every part or, where rounding is learned on `lesson` tokens a step, of every block, carried to the logits."""
+    blocks = len(shapes.blocks)
+    states = 4.0 * shapes.hidden * (2 * tokens + (1 if lesson else PARTS) * blocks * probe)
+    most = 0.0
+    for index in range(blocks):
+        weights, act = shapes.weights[index], shapes.activations(index, probe)
+        packed = sum(shapes.packed(index, after) for after in choices)
+        moments = [shapes.kept(index, 4) + max(act, shapes.solving(index))]
+        if lesson:  # on a copy of what learning begins with, and with the dense block set aside
+            moments.append((REFINE + 8) * weights + max(act, BACKWARD * shapes.activations(index, lesson)))
+        most = max(most, 4.0 * weights + packed + max(moments))
+    logits = 4.0 * shapes.outer + 2 * 4.0 * probe * shapes.vocabulary  # of the dense model, and of what is compared
+    return PROCESS + HEAP * (states + max(most, logits))
 
 
 def work(shapes: Shapes, before: int, after: int, tokens: int) -> Work:
@@ -149,6 +186,7 @@ def work(shapes: Shapes, before: int, after: int, tokens: int) -> Work:
     passes = (2 if needs or recipe.refine else 0) - 1 / len(shapes.blocks)
     forward = statistics = solve = refine = 0.0
     weights: Counter[str] = Counter()
+    columns: Counter[str] = Counter()
     for index, block in enumerate(shapes.blocks):
         each = (
             2 * shapes.active(index) + 2 * seqlen * shapes.attention
@@ -156,14 +194,15 @@ def work(shapes: Shapes, before: int, after: int, tokens: int) -> Work:
         forward += max(passes, 0) * tokens * each
         steps = recipe.refine * min(STEP_TOKENS, tokens) if tokens else 0
         refine += 3.2 * steps * each  # a backward takes two forwards; before and after, a few batches are measured
-        for features, share in shapes.inputs(block).values():
+        for features, share, method in shapes.inputs(block).values():
             statistics += share * tokens * features**2
             solve += features**3
+            columns[method] += features
         for matrix in shapes.wanted(block):
-            step, (rows, columns) = shapes.chosen[matrix.tensor], matrix.shape
-            weights[step.method] += rows * columns
-            solve += 3 * rows * columns**2 if step.settings.needs else 0  # errors passed on, and measured
-    return Work(forward, statistics, solve, refine, dict(weights), 3.0 * before + 2.0 * after)
+            step, (rows, features) = shapes.chosen[matrix.tensor], matrix.shape
+            weights[step.method] += rows * features
+            solve += 3 * rows * features**2 if step.settings.needs else 0  # errors passed on, and measured
+    return Work(forward, statistics, solve, refine, dict(weights), dict(columns), 3.0 * before + 2.0 * after)
 
 
 def measure(recipe: Recipe, dtype: torch.dtype, seconds: float = 2.0) -> Speed:
@@ -186,7 +225,11 @@ def duration(todo: Work, speed: Speed) -> dict[str, float]:
         "forward": todo.forward / (EFFICIENCY * speed.products),
         "statistics": todo.statistics / (EFFICIENCY * speed.statistics),
         "solve": todo.solve / (EFFICIENCY * speed.statistics)
-        + sum(SOLVING * number * speed.solving[name] for name, number in todo.weights.items()) / speed.threads,
+        + sum(
+            SOLVING * (number * speed.solving[name][1] + todo.columns.get(name, 0) * speed.solving[name][0])
+            for name, number in todo.weights.items()
+        )
+        / speed.threads,
         "refine": todo.refine / (EFFICIENCY * speed.products),
         "other": START + todo.moved / (speed.copy / 8),  # a disk, checksums
     }
@@ -211,13 +254,16 @@ def _product(dtype: torch.dtype, seconds: float) -> float:
     return 2 * 1024**3 / _quickest(lambda: torch.nn.functional.linear(x, weight), seconds)
 
 
-def _solving(method: Method, seconds: float) -> float:
-    """Seconds for each weight of a small matrix, whose products cost nothing."""
-    weight = 0.02 * torch.randn(2048, 128, generator=torch.Generator().manual_seed(0))
-    statistics = {name: lookup("calibrate", name)(weight.shape[1]) for name in method.needs}
+def _solving(method: Method, seconds: float) -> tuple[float, float]:
+    """Seconds for each column that a call goes through, however few its rows, and for each weight, of a small matrix
+    whose products cost nothing."""
     event = lambda kind, **figures: None  # noqa: E731
+    drawn = 0.02 * torch.randn(2048, 128, generator=torch.Generator().manual_seed(0))
+    statistics = {name: lookup("calibrate", name)(drawn.shape[1]) for name in method.needs}
     prepared = method.prepare(statistics, event)
-    return _quickest(lambda: method.compress(weight, prepared, event), seconds) / weight.numel()
+    few = _quickest(lambda: method.compress(drawn[:16], prepared, event), seconds / 2)
+    many = _quickest(lambda: method.compress(drawn, prepared, event), seconds / 2)
+    return few / drawn.shape[1], max(many - few, 0.0) / drawn.numel()
 
 
 def _quickest(run: Callable[[], object], seconds: float) -> float:

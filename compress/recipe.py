@@ -7,12 +7,16 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError, model_validator
 
+from ..calibrate.stream import computed_in
 from ..formats.source import Source
 from ..registry import listing, lookup, spelled
 from .base import Method, Rewrite
+
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 class Calibration(BaseModel):
@@ -63,9 +67,7 @@ class Recipe(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     version: int = Field(1, ge=1, le=1)
-    dtype: str = Field(
-        "auto", pattern="^(auto|float32|bfloat16|float16)$", description="type that the blocks are run in"
-    )
+    dtype: str = Field("auto", pattern=f"^(auto|{'|'.join(DTYPES)})$", description="type that the blocks are run in")
     calibration: Calibration = Field(default_factory=lambda: Calibration.model_validate({}))
     refine: int = Field(0, ge=0, description="steps of learned rounding on each block's output, after the methods")
     rewrites: tuple[SerializeAsAny[Rewrite], ...] = ()  # in YAML the first of the steps
@@ -113,6 +115,11 @@ class Recipe(BaseModel):
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise ValueError(f"recipe {path} is not YAML: {str(error).splitlines()[0]}") from None
         return cls.from_dict(override(data, changes), path.name)
+
+    def settled(self, dtype: torch.dtype, device: str) -> Recipe:
+        """With the type that blocks of a model of type `dtype` are run in: what `auto` is depends on the machine."""
+        name = str(computed_in(dtype, device)).removeprefix("torch.")
+        return self.model_copy(update={"dtype": name}) if self.dtype == "auto" and name in DTYPES else self
 
     def to_dict(self) -> dict[str, Any]:
         return {

@@ -95,3 +95,15 @@ def checkpoint(tmp_path_factory):
         return made[family]
 
     return make
+
+
+@pytest.fixture
+def products(monkeypatch):
+    """`products(False)`: the processor has no instructions for products of 16-bit types, whatever it is."""
+
+    def pretend(quick: bool) -> None:
+        monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+        for name in ("_is_mkldnn_bf16_supported", "_is_mkldnn_fp16_supported"):
+            monkeypatch.setattr(torch.ops.mkldnn, name, lambda: quick)
+
+    return pretend

@@ -54,6 +54,7 @@ ROWS = {
     "spqr 2.9, mixed": ["spqr", "2.9"],
     "lut-gemm 3": ["lut-gemm", "3"],
     "nf4": ["nf4", "4", "--double-quant", "true", "--activation-aware", "true"],
+    "int8": ["int8", "8"],
     "rtn 2": ["rtn", "2", "--group-size", "16"],
     "spqr 4": ["spqr", "4", *AUTHORS],
     "rtn 4": ["rtn", "4", "--group-size", "16"],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from acc.calibrate.stream import Stream
+from acc.calibrate.stream import Stream, computed_in
 from acc.formats.source import open_source
 from transformers import AutoModelForCausalLM
 
@@ -181,6 +181,19 @@ def test_blocks_run_no_more_than_needed(checkpoint):
     for _ in stream.blocks([]):
         pass
     assert not ticks
+
+
+@pytest.mark.parametrize("quick", [True, False])
+def test_a_type_without_instructions_is_run_in_float32(checkpoint, products, quick):
+    products(quick)
+    for kind in (torch.bfloat16, torch.float16):
+        assert computed_in(kind, "cpu") == (kind if quick else torch.float32)
+        assert computed_in(kind, "cuda:1") == kind
+    assert computed_in(torch.float64, "cpu") == torch.float64
+    source = open_source(str(checkpoint("llama")))
+    source.dtype = torch.bfloat16
+    assert Stream(source).dtype == (torch.bfloat16 if quick else torch.float32)
+    assert Stream(source, dtype=torch.bfloat16).dtype == torch.bfloat16
 
 
 def test_refused_by_name(tmp_path):

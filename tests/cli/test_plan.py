@@ -57,6 +57,16 @@ def test_a_mix_smaller_than_can_be_says_the_least(capsys, checkpoint):
     assert "the least that gptq can do there is 2." in err
 
 
+@pytest.mark.parametrize("quick", [True, False])
+def test_another_type_than_the_model_s_is_said(capsys, products, quick):
+    products(quick)
+    code, out, err = call(capsys, "plan", "demo", "--method", "rtn")
+    assert code == 0, err
+    assert ("Run in    float32" in out) is not quick
+    _, out, _ = call(capsys, "plan", "demo", "--method", "rtn", "--json")
+    assert json.loads(out)["recipe"]["dtype"] == "auto"
+
+
 def test_what_is_printed(capsys, checkpoint):
     code, out, err = call(capsys, "plan", checkpoint("mixtral"), "--bits", "4", "--ignore", "*.o_proj")
     assert code == 0, err

@@ -58,11 +58,31 @@ def copy_of(folder, target, change=lambda tensors: None):
     return target
 
 
+def in_bfloat16(tensors):
+    tensors |= {name: tensor.bfloat16() for name, tensor in tensors.items()}
+
+
 @pytest.mark.parametrize("family", ["llama", "qwen3_moe", "gpt_oss"])
 def test_the_same_run_gives_the_same_bytes(checkpoint, tmp_path, family):
     run(checkpoint(family), tmp_path / "a")
     run(checkpoint(family), tmp_path / "b")
     assert hashes(tmp_path / "a") == hashes(tmp_path / "b")
+
+
+def test_the_recipe_says_what_blocks_were_run_in(checkpoint, tmp_path, products):
+    """So that it makes the same bytes on a processor with other instructions."""
+    folder = copy_of(checkpoint("llama"), tmp_path / "model", in_bfloat16)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"dtype": "bfloat16"}))
+    made = {}
+    for quick, dtype in ((True, "bfloat16"), (False, "float32")):
+        products(quick)
+        run(folder, tmp_path / dtype)
+        made[dtype] = Recipe.read(tmp_path / dtype / "recipe.yaml")
+        assert made[dtype].dtype == dtype
+    for dtype, again in made.items():  # both without instructions
+        run(folder, tmp_path / f"{dtype} again", again)
+        assert hashes(tmp_path / f"{dtype} again") == hashes(tmp_path / dtype)
 
 
 def test_a_killed_run_resumes_to_the_same_bytes(checkpoint, tmp_path):

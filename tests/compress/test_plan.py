@@ -149,7 +149,7 @@ def test_more_work_takes_more(checkpoint):
     def cost(tokens, **recipe):
         told, chosen, stream, wanted = planned(checkpoint("llama"), **recipe)
         shapes = estimate.Shapes(wanted, stream, chosen)
-        speed = estimate.Speed(1e9, 1e9, 1e9, {"spqr": 1e-6, "rtn": 1e-8}, 1)
+        speed = estimate.Speed(1e9, 1e9, 1e9, {"spqr": (1e-4, 1e-6), "rtn": (1e-6, 1e-8)}, 1)
         phases = estimate.duration(estimate.work(shapes, 1000, 500, tokens), speed)
         return sum(phases.values()), max(estimate.memory(shapes, told, tokens, 1024).values())
 
@@ -186,8 +186,9 @@ def test_this_machine_is_measured_in_time():
     threads = torch.get_num_threads()
     speed = estimate.measure(recipe, torch.bfloat16, 0.05)
     assert torch.get_num_threads() == threads == speed.threads
-    assert min(speed.products, speed.statistics, speed.copy, *speed.solving.values()) > 0
-    assert speed.solving["spqr"] > speed.solving["rtn"]
+    assert min(speed.products, speed.statistics, speed.copy) > 0
+    assert speed.solving["spqr"][0] > speed.solving["rtn"][0] > 0
+    assert speed.solving["spqr"][1] > speed.solving["rtn"][1] >= 0
 
 
 def test_a_shape_that_a_method_cannot_take_is_named(checkpoint, monkeypatch):
