@@ -7,7 +7,7 @@ import math
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -145,12 +145,23 @@ class Stream:
                 yield self.skeleton.logits(batch.ids, hidden, batch.mask).float()
 
     @torch.no_grad()
-    def logits_of(self, batch: int, hidden: Iterable[Tensor]) -> Iterator[Tensor]:
-        """After the last block: logits `[B, T, V]` in fp32 for other hidden states `[B, T, H]` of a batch."""
-        carried = self._batches[batch]
+    def compared(self, batch: int, others: Sequence[Tensor], tokens: int) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """After the last block, for so many tokens after another: which of `others`, hidden states `[B, T, H]` beside
+        those of a batch, and the logits `[B, t, V]` in fp32 of the batch and of that one."""
+        self._settle()
+        carried, hidden = self._batches[batch], self._hidden[batch]
+        length = max(1, tokens // len(carried.ids))
+
+        def logits(states: Tensor, part: slice) -> Tensor:
+            mask = None if carried.mask is None else carried.mask[:, part]
+            return self.skeleton.logits(carried.ids[:, part], states[:, part], mask).float()
+
         with self.outer():
-            for states in hidden:
-                yield self.skeleton.logits(carried.ids, states, carried.mask).float()
+            for first in range(0, carried.ids.shape[1], length):
+                part = slice(first, first + length)
+                own = logits(hidden, part)
+                for at, states in enumerate(others):
+                    yield at, own, logits(states, part)
 
     def _settle(self) -> None:
         """Leaves the pending block: its outputs become the next one's inputs."""

@@ -29,6 +29,8 @@ from .refine import Rounding, distance, learn
 GAP = 1e-4  # how near to the best a table has to be proved, relative
 SECONDS = 60.0  # for proving it
 FLOOR = 0.2  # of a part's share by its weights: so much of its block's loss is a part's at least, as learning is noisy
+COMPARED = 256  # tokens whose logits are in memory at once
+IN_FP64 = 64  # of these, whose divergence is being summed
 
 
 @dataclass(frozen=True)
@@ -361,8 +363,9 @@ def _scaled(
     stream: Stream, table: list[list[Choice]], origin: list[tuple[int, float]], carried: list[Tensor]
 ) -> list[list[Choice]]:
     """Losses at the blocks' outputs, as divergences of the logits: in proportion, from what was carried."""
-    dense = next(stream.logits())
-    diverged = [divergence(dense, logits) for logits in stream.logits_of(0, carried)]
+    diverged = [0.0] * len(carried)
+    for at, dense, logits in stream.compared(0, carried, COMPARED):
+        diverged[at] += divergence(dense, logits) * dense.shape[1] / carried[at].shape[1]
     found = []
     for choices, (at, lost) in zip(table, origin, strict=True):
         factor = diverged[at] / lost if lost > 0 else 0.0
@@ -373,7 +376,7 @@ def _scaled(
 def divergence(dense: Tensor, logits: Tensor) -> float:
     """KL(dense || logits) of `[B, T, V]`, the mean over positions, in nats."""
     total = 0.0
-    for here, there in zip(dense.flatten(0, 1).split(256), logits.flatten(0, 1).split(256), strict=True):
+    for here, there in zip(dense.flatten(0, 1).split(IN_FP64), logits.flatten(0, 1).split(IN_FP64), strict=True):
         log_p, log_q = here.double().log_softmax(-1), there.double().log_softmax(-1)
         total += float((log_p.exp() * (log_p - log_q)).sum())
     return max(total, 0.0) / (dense.shape[0] * dense.shape[1])

@@ -16,6 +16,7 @@ from ..formats.model import Matrix
 from ..registry import lookup
 from .apply import STATISTICS_BYTES, TOGETHER
 from .base import Method
+from .budget import COMPARED, IN_FP64
 from .recipe import Recipe, Step
 from .refine import STEP_TOKENS
 
@@ -175,7 +176,8 @@ def memory_of_measuring(
         if lesson:  # on a copy of what learning begins with, and with the dense block set aside
             moments.append((REFINE + 8) * weights + max(act, BACKWARD * shapes.activations(index, lesson)))
         most = max(most, 4.0 * weights + packed + max(moments))
-    logits = 4.0 * shapes.outer + 2 * 4.0 * probe * shapes.vocabulary  # of the dense model, and of what is compared
+    # logits of the dense model, of what is compared and of what was before; what a divergence is summed from
+    logits = 4.0 * shapes.outer + (3 * 4.0 * COMPARED + 5 * 8.0 * IN_FP64) * shapes.vocabulary
     return PROCESS + HEAP * (states + max(most, logits))
 
 

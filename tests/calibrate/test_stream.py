@@ -57,6 +57,25 @@ def test_left_padding_reaches_the_blocks(checkpoint, family):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("tokens", [1, 10, 1000])
+def test_logits_are_compared_part_by_part(checkpoint, tokens):
+    batch, mask = ids(), torch.ones(2, 24, dtype=torch.long)
+    mask[0, :7] = 0
+    others = list(torch.randn(2, 2, 24, 64, generator=torch.Generator().manual_seed(0)))
+    stream = Stream(open_source(str(checkpoint("gemma3_text"))))
+    for _ in stream.blocks([(batch, mask)]):
+        pass
+    parts = list(stream.compared(0, others, tokens))
+    (whole,) = stream.logits()
+    assert all(own.shape[1] <= max(1, tokens // 2) for _, own, _ in parts)
+    with stream.outer():
+        for at, states in enumerate(others):
+            own, other = (torch.cat(each, 1) for each in zip(*(part[1:] for part in parts if part[0] == at)))
+            torch.testing.assert_close(own, whole, rtol=0, atol=1e-5)
+            torch.testing.assert_close(other, stream.skeleton.logits(batch, states, mask), rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
 def test_spilled_states_change_nothing(checkpoint, tmp_path):
     batches = [ids(), ids(seed=3)]
     plain = streamed(checkpoint("qwen3_moe"), batches)

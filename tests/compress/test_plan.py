@@ -119,30 +119,49 @@ def large(tmp_path_factory):
     return make
 
 
-def llama(blocks=1):
-    config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 4096, "dtype": "bfloat16",
-              "intermediate_size": 11008, "num_hidden_layers": blocks, "num_attention_heads": 32,
-              "num_key_value_heads": 32, "vocab_size": 32000, "tie_word_embeddings": False}  # fmt: skip
-    tensors = [("model.embed_tokens.weight", (32000, 4096)), ("model.norm.weight", (4096,))]
-    tensors.append(("lm_head.weight", (32000, 4096)))
+def llama(blocks=1, hidden=4096, inner=11008, heads=32, kv_heads=32, words=32000, tied=False):
+    config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": hidden, "dtype": "bfloat16",
+              "intermediate_size": inner, "num_hidden_layers": blocks, "num_attention_heads": heads,
+              "num_key_value_heads": kv_heads, "vocab_size": words, "tie_word_embeddings": tied}  # fmt: skip
+    tensors = [("model.embed_tokens.weight", (words, hidden)), ("model.norm.weight", (hidden,))]
+    tensors += [] if tied else [("lm_head.weight", (words, hidden))]
     for i in range(blocks):
         at = f"model.layers.{i}."
-        tensors += [(f"{at}self_attn.{n}_proj.weight", (4096, 4096)) for n in "qkvo"]
-        tensors += [(f"{at}mlp.{n}_proj.weight", (11008, 4096)) for n in ("gate", "up")]
-        tensors += [(f"{at}mlp.down_proj.weight", (4096, 11008))]
-        tensors += [(f"{at}{n}_layernorm.weight", (4096,)) for n in ("input", "post_attention")]
+        tensors += [(f"{at}self_attn.{n}_proj.weight", (hidden, hidden)) for n in "qo"]
+        tensors += [(f"{at}self_attn.{n}_proj.weight", (hidden * kv_heads // heads, hidden)) for n in "kv"]
+        tensors += [(f"{at}mlp.{n}_proj.weight", (inner, hidden)) for n in ("gate", "up")]
+        tensors += [(f"{at}mlp.down_proj.weight", (hidden, inner))]
+        tensors += [(f"{at}{n}_layernorm.weight", (hidden,)) for n in ("input", "post_attention")]
     return config, tensors
 
 
 @pytest.mark.parametrize(("method", "measured"), [("rtn", 1.79), ("spqr", 3.48)])
-def test_memory_is_about_what_was_measured(large, method, measured):
+def test_memory_is_about_what_was_measured(large, products, method, measured):
     """tests/bench/results/memory.json: llama-7b, one block, 2 x 128 tokens, without learned rounding; GiB."""
+    products(True)
     told, chosen, stream, recipe = planned(
         large("llama", *llama()), steps=[{"method": method}], calibration={"seqlen": 128}
     )
     tokens = 256 if method == "spqr" else 0
     peak = max(estimate.memory(estimate.Shapes(recipe, stream, chosen), told, tokens, 4096).values()) / 2**30
     assert peak == pytest.approx(measured, rel=0.3)
+
+
+def test_memory_of_measuring_a_mix_is_about_what_was_measured(large):
+    """The first three blocks of SmolLM2-135M, `acc quantize --method gptq --bits 3.3 --refine 1 --nsamples 16 --seqlen
+    1024` with one thread: 1.47 GiB until the mix is chosen."""
+    step = {"method": "gptq"}
+    _, chosen, stream, recipe = planned(
+        large("smollm2", *llama(3, 576, 1536, 9, 3, 49152, True)), steps=[step], calibration={"seqlen": 1024}, refine=1
+    )
+    choices = [
+        sizes(dict.fromkeys(chosen, recipe.steps[0].model_copy(update={"settings": one})), stream)
+        for one in recipe.steps[0].settings.alternatives(3.3)
+    ]
+    shapes = estimate.Shapes(recipe, stream, chosen)
+    peak = estimate.memory_of_measuring(shapes, choices, 4096, 16384, 1024) / 2**30
+    assert peak == pytest.approx(1.47, rel=0.3)
+    assert estimate.memory_of_measuring(shapes, choices[:1], 4096, 16384, 1024) / 2**30 < peak
 
 
 def test_more_work_takes_more(checkpoint):
