@@ -59,7 +59,7 @@ def test_the_card_does_not_tell_where_it_was_made(made, tmp_path):
     source, recipe, outcome = made
     text = (tmp_path / "out" / "README.md").read_text()
     assert str(tmp_path) not in text
-    assert text == card(source, recipe, outcome.records, None)
+    assert text == card(source, recipe.settled(source.dtype, "cpu"), outcome.records, None)
 
 
 @pytest.mark.parametrize("readme", ["", "---\n[broken\n---\n", "--- no front matter", "---\n- a list\n---\n"])
