@@ -23,6 +23,7 @@ from .base import Statistic
 
 Batch = Tensor | tuple[Tensor, Tensor]  # token ids [B, T], or ids and padding mask [B, T]
 Tick = Callable[[int], None]  # told how many tokens went through a block
+DTYPES = ("float32", "bfloat16", "float16")  # that blocks can be asked to be run in
 Made = Tensor | Callable[[], Tensor]  # a tensor, or what makes it when it is needed
 
 

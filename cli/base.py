@@ -113,14 +113,14 @@ def text_limits(source: Source) -> dict[str, Any]:
     return {"max_length": config.get("max_position_embeddings"), "vocab_size": config.get("vocab_size")}
 
 
-def sampler(source: Source, dtype: Any = None) -> Any:
+def sampler(source: Source) -> Any:
     """A function that draws token ids from the model itself."""
     from transformers import AutoModelForCausalLM
 
     from ..calibrate.stream import computed_in
     from ..calibrate.text import sample_self
 
-    dtype = dtype or computed_in(source.dtype, "cpu")
+    dtype = computed_in(source.dtype, "cpu")
     model = AutoModelForCausalLM.from_pretrained(source.folder, dtype=dtype).eval()
     return partial(sample_self, model)
 
@@ -187,10 +187,12 @@ def check_dtype(dtype: str) -> Any:
     """None for auto, else a torch type. Raises ValueError for any other word."""
     import torch
 
+    from ..calibrate.stream import DTYPES
+
     if dtype == "auto":
         return None
-    if dtype not in ("float32", "bfloat16", "float16"):
-        raise ValueError(f"--dtype {dtype}: expected auto, float32, bfloat16 or float16")
+    if dtype not in DTYPES:
+        raise ValueError(f"--dtype {dtype}: expected auto, {', '.join(DTYPES[:-1])} or {DTYPES[-1]}")
     return getattr(torch, dtype)
 
 

@@ -88,14 +88,13 @@ def pack(
     from ..compress.refine import STEP_TOKENS
     from ..formats.source import open_source
     from ..formats.store import Store
-    from .base import bits_of, show_dtype, show_text
+    from .base import bits_of, show_text
     from .ui import Meter
 
     Store.check(folder, resume=resume, overwrite=overwrite)
     rewritten = recipe.rewrite(source)
     assign(recipe, Stream(rewritten))  # a pattern that fits nothing is found before the text is read
-    show_recipe(screen, recipe, source)
-    show_dtype(screen, source, recipe.dtype, device)
+    show_recipe(screen, recipe, source, device)
     recipe = recipe.settled(source.dtype, device)
     for note in rewritten.notes:
         screen.field("Rewrite", note)
@@ -142,8 +141,9 @@ def pack(
     )
 
 
-def show_recipe(screen: Screen, recipe: Recipe, source: Source) -> None:
-    """The model, and what is done to it."""
+def show_recipe(screen: Screen, recipe: Recipe, source: Source, device: str) -> None:
+    """The model, what is done to it, and the type that it is run in where that is not its own."""
+    from .base import show_dtype
     from .ui import shorten
 
     kind = str(source.dtype).removeprefix("torch.")
@@ -151,10 +151,11 @@ def show_recipe(screen: Screen, recipe: Recipe, source: Source) -> None:
     if len(recipe.steps) > MANY:
         tensors = sum(len(step.targets) for step in recipe.steps)
         screen.field("Method", f"{recipe.steps[0].method}, {len(recipe.steps)} settings for {tensors} tensors")
-        return
-    for step in recipe.steps:
-        where = "" if step.targets == ("*",) else f": {shorten(', '.join(step.targets), 60)}"
-        screen.field("Method", describe(step) + where)
+    else:
+        for step in recipe.steps:
+            where = "" if step.targets == ("*",) else f": {shorten(', '.join(step.targets), 60)}"
+            screen.field("Method", describe(step) + where)
+    show_dtype(screen, source, recipe.dtype, device)
 
 
 def describe(step: Step) -> str:

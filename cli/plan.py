@@ -88,14 +88,14 @@ def plan(
     elif fit is not None and budget.fit is not None:
         wanted, tried = _fitting(wanted, stream, budget.fit, fit)
     chosen = assign(wanted, stream)
-    after, choices = sizes(chosen, stream), [chosen]
-    if mixed is not None:
-        after, choices = _mixed(mixed, wanted.steps[0], chosen, stream)
+    choices = [chosen] if mixed is None else _choices(mixed, wanted.steps[0], chosen)
+    taken = [sizes(choice, stream) for choice in choices]
+    after = taken[0] if mixed is None else _mixed(mixed, wanted.steps[0], chosen, stream, taken)
     result: dict[str, Any] = _bytes_of(source, rewritten, chosen, after) | {"recipe": wanted.to_dict()}
     if budget.fit is not None and mix is None:
         left = budget.fit - (result["after"] - result["packed_after"])
         result["fit"] = {"limit": budget.fit, "bytes": tried, "mixed_bits": 8 * left / result["packed_parameters"]}
-    result |= _cost(wanted, stream, chosen, source, after, batch, choices) | {"disk": _disk(source, after, out)}
+    result |= _cost(wanted, stream, chosen, source, after, batch, taken) | {"disk": _disk(source, after, out)}
     result["engines"] = _engines(source, [planned_entries(each, stream) for each in choices])
     result["mixed"] = mixed
     if mix is not None:
@@ -163,28 +163,28 @@ def _fitting(recipe: Recipe, stream: Stream, limit: int, spelled: str) -> tuple[
     )
 
 
-def _mixed(
-    bits: float, step: Step, chosen: dict[str, Step], stream: Stream
-) -> tuple[dict[str, int], list[dict[str, Step]]]:
-    """Bytes of every tensor when a mix takes so many stored bits, spread evenly as nobody knows yet who gets more; and
-    what `acc quantize` would choose among. Raises ValueError with the least that can be had."""
-    import math
-
-    from ..compress.plan import sizes
-
+def _choices(bits: float, step: Step, chosen: dict[str, Step]) -> list[dict[str, Step]]:
+    """What `acc quantize` would mix for so many stored bits. Raises ValueError where there is nothing to choose."""
     choices = [
         dict.fromkeys(chosen, step.model_copy(update={"settings": one})) for one in step.settings.alternatives(bits)
     ]
     if len(choices) < 2:
         raise ValueError(f"{step.method} has no settings around {bits:g} bits that a budget could choose among")
+    return choices
+
+
+def _mixed(
+    bits: float, step: Step, chosen: dict[str, Step], stream: Stream, taken: list[dict[str, int]]
+) -> dict[str, int]:
+    """Bytes of every tensor when a mix takes so many stored bits, spread evenly as nobody knows yet who gets more;
+    `taken` are those of its choices. Raises ValueError with the least that can be had."""
+    import math
+
     weights = {name: math.prod(stream.source.info(name).shape) for name in chosen}
-    totals = []
-    for choice in choices:
-        after = sizes(choice, stream)
-        totals.append(8 * sum(after[name] for name in chosen) / sum(weights.values()))
-    if bits < min(totals):
-        raise ValueError(f"--bits {bits:g}: the least that {step.method} can do there is {min(totals):.3f} stored bits")
-    return after | {name: int(bits * weights[name] / 8) for name in chosen}, choices
+    least = min(8 * sum(after[name] for name in chosen) / sum(weights.values()) for after in taken)
+    if bits < least:
+        raise ValueError(f"--bits {bits:g}: the least that {step.method} can do there is {least:.3f} stored bits")
+    return taken[0] | {name: int(bits * weights[name] / 8) for name in chosen}
 
 
 def _bytes_of(source: Source, rewritten: Source, chosen: dict[str, Step], after: dict[str, int]) -> dict[str, Any]:
@@ -222,13 +222,13 @@ def _cost(
     source: Source,
     after: dict[str, int],
     batch: int,
-    choices: list[dict[str, Step]],
+    taken: list[dict[str, int]],
 ) -> dict[str, Any]:
-    """Estimates of memory and time; of several choices a mix is made, for which each is measured."""
+    """Estimates of memory and time; of several choices, whose tensors have `taken` bytes, a mix is made, for which each
+    is measured."""
     import os
 
     from ..compress.estimate import Shapes, duration, measure, memory, memory_of_measuring, probing, work
-    from ..compress.plan import sizes
     from .spending import LESSON, TOKENS, effort
 
     wanted = recipe.calibration
@@ -238,13 +238,12 @@ def _cost(
     before = sum(source.info(name).nbytes for name in source.names())
     speed = measure(recipe, stream.dtype)
     seconds = duration(work(shapes, before, sum(after.values()), tokens), speed)
-    if len(choices) > 1:
+    if len(taken) > 1:
         probe, steps = effort(recipe.refine)
         seen = min(TOKENS, tokens)
-        passes = probing(shapes, len(choices), probe, seen, LESSON * steps, speed)
-        seconds["measure"] = len(choices) * seconds.get("solve", 0.0) + passes
-        each = [sizes(choice, stream) for choice in choices]
-        moments["measure"] = memory_of_measuring(shapes, each, probe, seen, LESSON if steps else 0)
+        passes = probing(shapes, len(taken), probe, seen, LESSON * steps, speed)
+        seconds["measure"] = len(taken) * seconds.get("solve", 0.0) + passes
+        moments["measure"] = memory_of_measuring(shapes, taken, probe, seen, LESSON if steps else 0)
     machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else None
     return {
         "tokens": tokens,
@@ -297,12 +296,10 @@ MOMENTS = {
 
 
 def _show(screen: Screen, recipe: Recipe, source: Source, rewritten: Source, result: dict[str, Any]) -> None:
-    from .base import show_dtype
     from .packing import show_recipe
     from .ui import clock, count, size
 
-    show_recipe(screen, recipe, source)
-    show_dtype(screen, source, recipe.dtype, "cpu")
+    show_recipe(screen, recipe, source, "cpu")
     for note in rewritten.notes:
         screen.field("Rewrite", note)
     if "fit" in result:

@@ -104,9 +104,17 @@ class Shapes:
         idle = sum(math.prod(m.shape) for m in self.blocks[index] if m.role != "linear") * (1 - self.share)
         return self.weights[index] - idle
 
+    def largest(self, index: int) -> int:
+        """Weights of the largest matrix that is compressed."""
+        return max((math.prod(m.shape) for m in self.wanted(self.blocks[index])), default=0)
+
+    def squares(self, index: int) -> list[float]:
+        """Bytes of the statistics of each input."""
+        return [4.0 * features**2 for features, *_ in self.inputs(self.blocks[index]).values()]
+
     def kept(self, index: int, size: int) -> float:
         """Bytes of the statistics that are kept at once, while weights have `size` bytes."""
-        squares = [4.0 * features**2 for features, *_ in self.inputs(self.blocks[index]).values()]
+        squares = self.squares(index)
         return min(sum(squares), max(STATISTICS_BYTES, size * self.weights[index], max(squares, default=0)))
 
     def activations(self, index: int, tokens: int) -> float:
@@ -118,10 +126,8 @@ class Shapes:
 
     def solving(self, index: int) -> float:
         """Bytes that solving a block's matrices takes, beside its statistics and what was packed."""
-        wanted = self.wanted(self.blocks[index])
-        largest = max((math.prod(m.shape) for m in wanted), default=0)
-        square = max((4.0 * features**2 for features, *_ in self.inputs(self.blocks[index]).values()), default=0.0)
-        together = max(largest, min(TOGETHER, sum(math.prod(m.shape) for m in wanted)))
+        largest, square = self.largest(index), max(self.squares(index), default=0.0)
+        together = max(largest, min(TOGETHER, sum(math.prod(m.shape) for m in self.wanted(self.blocks[index]))))
         # a square is factorised in five copies; two stay while matrices are solved
         return max(5 * square, 2 * square * together / max(largest, 1) + SCRATCH * together)
 
@@ -146,7 +152,7 @@ def memory(shapes: Shapes, after: Mapping[str, int], tokens: int, batch: int) ->
     once = min(max(min(batch, STEP_TOKENS) if refine else batch, seqlen), tokens)
     carried = (2 if refine else 1) * tokens * shapes.hidden * size
     found = {"observe": 0.0, "solve": 0.0, "refine": 0.0, "check": 4.0 * shapes.outer}
-    for index, block in enumerate(shapes.blocks):
+    for index in range(len(shapes.blocks)):
         weights, fused = shapes.weights[index], shapes.fused(index)
         kept, act, packed = shapes.kept(index, size), shapes.activations(index, once), shapes.packed(index, after)
         if tokens:
@@ -155,8 +161,7 @@ def memory(shapes: Shapes, after: Mapping[str, int], tokens: int, batch: int) ->
         found["solve"] = max(found["solve"], solving)
         if refine:
             found["refine"] = max(found["refine"], carried + (size + REFINE) * weights + BACKWARD * act + packed)
-        largest = max((math.prod(m.shape) for m in shapes.wanted(block)), default=0)
-        found["check"] = max(found["check"], 4.0 * (weights + max(fused, 2 * largest)))
+        found["check"] = max(found["check"], 4.0 * (weights + max(fused, 2 * shapes.largest(index))))
     return {moment: PROCESS + HEAP * nbytes for moment, nbytes in found.items() if nbytes}
 
 

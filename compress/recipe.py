@@ -11,12 +11,10 @@ import torch
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError, model_validator
 
-from ..calibrate.stream import computed_in
+from ..calibrate.stream import DTYPES, computed_in
 from ..formats.source import Source
 from ..registry import listing, lookup, spelled
 from .base import Method, Rewrite
-
-DTYPES = ("float32", "bfloat16", "float16")
 
 
 class Calibration(BaseModel):
