@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+import table
 from acc.registry import ENTRY_BASES, listing, lookup
 
 ROOT = Path(__file__).parents[1]
@@ -75,3 +76,16 @@ def test_no_code_is_loaded_from_data():
                 caught = ast.unparse(node.type) if node.type is not None else "BaseException"
                 undone = any(isinstance(inner, ast.Raise) and inner.exc is None for inner in ast.walk(node))
                 assert caught not in ("Exception", "BaseException") or undone, f"{path}:{node.lineno}"
+
+
+def test_the_readme_says_what_was_measured(tmp_path):
+    """Its tables of the family are those that tests/bench/table.py makes of the results, as is the one beside them."""
+    results = ROOT / "tests" / "bench" / "results" / "family-smollm2.json"
+    found, rows = table.read(results)
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert table.cells(rows) in readme
+    assert table.others(rows) in readme
+    assert table.whole(found, rows) == results.with_suffix(".md").read_text(encoding="utf-8")
+    pytest.importorskip("matplotlib", reason="pictures need matplotlib")
+    table.picture(found, rows, tmp_path / "drawn.png")
+    assert (tmp_path / "drawn.png").read_bytes().startswith(b"\x89PNG")
