@@ -18,7 +18,7 @@ demo: $(VENV)/.installed
 	$(BIN)/acc eval $(DEMO) --base demo --data self --window 512 --windows 16
 
 test: $(VENV)/.installed
-	HF_HUB_OFFLINE=1 $(BIN)/pytest tests
+	HF_HUB_OFFLINE=1 $(BIN)/pytest tests -n auto --maxprocesses 4 --dist worksteal
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import ClassVar, Literal, NamedTuple
 
@@ -32,6 +32,11 @@ class LutGemm(Method):
     the weights that its errors have at the output, later columns make up for what earlier ones lost, and sweeps set
     scales and then signs anew, each to the least error at the output while all else stands.
 
+    Without it an error counts in relation to its column, as weights are small where inputs are large, and one value is
+    zero wherever a group has weights on both sides of it. Fitted to squared errors, as the paper does, a model loses
+    more than by rounding though its weights err less: those of the largest inputs are next to zero, and no value is.
+    Starts are even grids there: from the others errors end lower, by leaving out weights that models need more.
+
     Unlike the authors' code there is always an offset, statistics have their stored precision before the last signs are
     chosen, and a group of equal weights is exact. Planes come by falling scale, so that the first are a model of fewer
     bits.
@@ -47,7 +52,9 @@ class LutGemm(Method):
     scale_bits: Literal[8, 16] = Field(8, description="bits per scale and offset; 8: with 16-bit scales per row")
     activation_aware: bool = Field(True, description="fit to the layer's output; false: to the weights alone, no data")
     rounds: int = Field(10, ge=0, description="rounds of alternating least squares per group")
-    starts: int = Field(4, ge=1, le=4, description="a clipped grid, quantiles, signs, a full grid: the best is kept")
+    starts: int = Field(
+        4, ge=1, le=4, description="a clipped grid, quantiles, signs, a full grid: the best; without data four grids"
+    )
     damp_percent: float = Field(0.1, ge=0, description="multiple of its mean added to the Hessian's diagonal")
     sweeps: int = Field(2, ge=0, description="passes after the first, scales and then signs of each group set anew")
     order: Literal["group_order", "identity"] = Field(
@@ -96,10 +103,13 @@ class LutGemm(Method):
         return [packed[m] for m in range(len(weights))]
 
     def fit_weights(self, weights: list[Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor, Store]:
-        """`W [O, I]`, one above the other -> codes `[O, I]` and scales `[G, O, bits + 1]` of least squared error."""
+        """`W [O, I]`, one above the other -> codes `[O, I]` and scales `[G, O, bits + 1]`, of least squared error in
+        relation to the column's size."""
         columns = torch.cat(weights).T.contiguous()
+        importance = torch.cat([relative(weight)[:, None].expand(-1, len(weight)) for weight in weights], 1)
         places = list(spans(len(columns), self.group_size))
-        groups = torch.stack([fit(columns[place], None, self) for place in places])
+        zero = self.bits > 1  # of two values both are needed
+        groups = torch.stack([fit(columns[place], importance[place], self, zero) for place in places])
         store = Store.of(groups, self.scale_bits, dtype)
         groups = store.round(groups)
         codes = [Codebook.of(scales).nearest(columns[place])[0].byte() for scales, place in zip(groups, places)]
@@ -134,6 +144,12 @@ class LutGemm(Method):
         }
         scale, offset, *stat = stored
         return BcqWeight.encode(codes, scale, offset, stat[0].contiguous() if stat else None, scheme)
+
+
+def relative(weight: Tensor) -> Tensor:
+    """`[O, I]` -> the inverse mean square of each column `[I]`, of those with next to nothing in them as if of 1%."""
+    square = weight.square().mean(0)
+    return 1 / square.clamp(min=1e-4 * float(square.mean()) + TINY)
 
 
 def width(columns: int, group_size: int) -> int:
@@ -235,30 +251,39 @@ class Codebook(NamedTuple):
         return self.codes.gather(0, place), self.values.gather(0, place)
 
 
-def fit(weights: Tensor, importance: Tensor | None, settings: LutGemm) -> Tensor:
+def fit(weights: Tensor, importance: Tensor, settings: LutGemm, zero: bool = False) -> Tensor:
     """`weights [g, O]`, importance `[g, O]` or `[g, 1]` -> scales and offset `[O, bits + 1]` of least
-    `Σ importance · error²`."""
-    importance = torch.ones_like(weights[:, :1]) if importance is None else importance / importance.mean(0)
+    `Σ importance · error²`; with `zero` among those that one value is zero of, where weights are on both sides."""
+    importance = importance / importance.mean(0)
     rows = max(1, BUDGET // (4 * (len(weights) + (1 << settings.bits))))
     cuts = [part.contiguous() for part in importance.split(rows, 1)] if importance.shape[1] > 1 else None
     parts = weights.split(rows, 1)
-    return torch.cat([fit_rows(p, importance if cuts is None else cuts[i], settings) for i, p in enumerate(parts)])
+    each = (fit_rows(p, importance if cuts is None else cuts[i], settings, zero) for i, p in enumerate(parts))
+    return torch.cat(list(each))
 
 
-def fit_rows(weights: Tensor, importance: Tensor, settings: LutGemm) -> Tensor:
+def fit_rows(weights: Tensor, importance: Tensor, settings: LutGemm, zero: bool) -> Tensor:
     """The same for as many rows as are taken at once: from every start, the best of what they lead to.
 
-    Rows are centred and scaled first, so that no tolerance is absolute; rows of equal weights are all offset.
+    Rows are centred (but on zero where a value has to be zero) and scaled first, so that no tolerance is absolute; rows
+    of equal weights are all offset.
     """
+    low, high = weights.aminmax(dim=0)
+    flat = low == high
+    anchored = (low <= 0) & (high >= 0) & ~flat if zero else None
     middle = (weights * importance).sum(0) / importance.sum(0)
+    if anchored is not None:
+        middle = torch.where(anchored, 0.0, middle)
     size = ((weights - middle).square() * importance).sum(0).div(importance.sum(0)).sqrt()
-    flat = weights.amax(0) == weights.amin(0)
     middle, size = torch.where(flat, weights[0], middle), torch.where(flat, 0.0, size)
     unit = (weights - middle) / torch.where(size > 0, size, 1.0)
     best = torch.zeros(weights.shape[1], settings.bits + 1, device=weights.device)
     least = torch.full_like(middle, torch.inf)
-    for start in STARTS[: settings.starts]:
-        scales, error = alternate(unit, importance, start(unit, importance, settings.bits), settings.rounds)
+    for start in (GRIDS if zero else STARTS)[: settings.starts]:
+        begun = start(unit, importance, settings.bits)
+        if anchored is not None:
+            begun = torch.where(anchored[:, None], through_zero(begun), begun)
+        scales, error = alternate(unit, importance, begun, settings.rounds, anchored)
         best = torch.where((error < least)[:, None], scales, best)
         least = torch.minimum(error, least)
     best *= size[:, None]
@@ -283,11 +308,6 @@ def even(weights: Tensor, importance: Tensor, bits: int) -> Tensor:
     return torch.stack([*(step * 2.0 ** (bits - 2 - b) for b in range(bits)), (high + low) / 2], 1)
 
 
-def clipped(weights: Tensor, importance: Tensor, bits: int) -> Tensor:
-    """An even grid over the middle 0.7 of their range, nearer to where most weights are."""
-    return 0.7 * even(weights, importance, bits)
-
-
 def quantiles(weights: Tensor, importance: Tensor, bits: int) -> Tensor:
     """Free values that equally many weights are nearest to, and the planes closest to those."""
     ranks = weights.argsort(0).argsort(0)
@@ -297,13 +317,31 @@ def quantiles(weights: Tensor, importance: Tensor, bits: int) -> Tensor:
     return least_squares(weights, importance, codes, start)
 
 
-STARTS = (clipped, quantiles, greedy, even)
+def grid(share: float) -> Callable[[Tensor, Tensor, int], Tensor]:
+    """An even grid over so much of their range."""
+    return lambda weights, importance, bits: share * even(weights, importance, bits)
 
 
-def alternate(weights: Tensor, importance: Tensor, scales: Tensor, rounds: int) -> tuple[Tensor, Tensor]:
+STARTS = (grid(0.7), quantiles, greedy, even)
+GRIDS = tuple(grid(share) for share in (1.0, 0.9, 0.75, 0.6))  # where one value is to be zero
+
+
+def through_zero(scales: Tensor) -> Tensor:
+    """Scales `[O, bits + 1]` whose values are shifted so that the one nearest to zero is zero, and signs are turned so
+    that it is the one with every sign minus: the offset is the sum of the scales."""
+    table = signs(scales.shape[1] - 1, scales.device)
+    nearest = (table @ scales.T).abs().argmin(0)
+    turned = -table[nearest, :-1] * scales[:, :-1]
+    return torch.cat([turned, turned.sum(1, keepdim=True)], 1)
+
+
+def alternate(
+    weights: Tensor, importance: Tensor, scales: Tensor, rounds: int, anchored: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Nearest values, then scales for their signs, in turn -> scales `[O, bits + 1]` and their error `[O]`.
 
-    Neither step raises the error; ends early when rows gain less than 1e-4 of it on the whole.
+    Rows that are `anchored [O]` begin as `through_zero` makes them and stay so. Neither step raises the error; ends
+    early when rows gain less than 1e-4 of it on the whole.
     """
     best, least = scales, torch.full_like(weights[0], torch.inf)
     for turn in range(rounds + 1):
@@ -314,12 +352,15 @@ def alternate(weights: Tensor, importance: Tensor, scales: Tensor, rounds: int) 
         best, least = torch.where(better[:, None], scales, best), torch.minimum(error, least)
         if turn == rounds or gain <= 1e-4 * float(least.sum()):
             break
-        scales = least_squares(weights, importance, codes, scales)
+        scales = least_squares(weights, importance, codes, scales, anchored)
     return best, least
 
 
-def least_squares(weights: Tensor, importance: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
-    """Scales `[O, bits + 1]` of least error for given signs, codes int64 `[g, O]`.
+def least_squares(
+    weights: Tensor, importance: Tensor, codes: Tensor, scales: Tensor, anchored: Tensor | None = None
+) -> Tensor:
+    """Scales `[O, bits + 1]` of least error for given signs, codes int64 `[g, O]`; in rows that are `anchored` the
+    offset stays the sum of the others.
 
     The normal equations need but two sums per code, of the importance and of the weights: O(g), whatever the
     number of planes. Solved for the change from `scales`, which so stay where the signs say nothing of them.
@@ -330,7 +371,14 @@ def least_squares(weights: Tensor, importance: Tensor, codes: Tensor, scales: Te
     total.scatter_add_(0, codes, weights * importance)
     pairs = (table[:, :, None] * table[:, None]).flatten(1)
     matrix = (count.T @ pairs).unflatten(1, (table.shape[1], -1))
-    return scales + solve_small(matrix, total.T @ table - (matrix @ scales[..., None])[..., 0])
+    right = total.T @ table - (matrix @ scales[..., None])[..., 0]
+    if anchored is None or not anchored.any():
+        return scales + solve_small(matrix, right)
+    tied = torch.cat([torch.eye(table.shape[1] - 1), torch.ones(1, table.shape[1] - 1)]).to(matrix)
+    change = solve_small(tied.T @ matrix @ tied, right @ tied) @ tied.T
+    if not anchored.all():
+        change = torch.where(anchored[:, None], change, solve_small(matrix, right))
+    return scales + change
 
 
 def solve_small(matrix: Tensor, right: Tensor) -> Tensor:

@@ -2,9 +2,9 @@
 
     python tests/bench/ablation.py MODEL --data CALIBRATION.txt --eval TEXT.txt --out tests/bench/results/NAME.json
 
-Every row is made by `acc quantize` in a process of its own and scored by `acc eval --base`: perplexity, its excess over
-the dense model's and the divergence from it, both in nats per token, stored bits. Rows that are in the output file
-are not made again.
+Every row is made by `acc quantize` in a process of its own; several are scored together as `acc eval --base` does it:
+perplexity, its excess over the dense model's and the divergence from it, both in nats per token, stored bits. Rows that
+are in the output file are not made again.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from measure import machine
-from quality import ACC, run
+from quality import ACC, TOGETHER, run, score
 
 LEAN = ["--stat-group-size", "64", "--outlier-threshold", "0.5"]
 PLAIN = ["--stat-group-size", "64", "--outlier-threshold", "none"]
@@ -40,29 +40,15 @@ ROWS: dict[str, list[str]] = {  # without --refine unless it is named
 }
 
 
-def score(arguments: argparse.Namespace, model: str) -> dict[str, float]:
-    """Perplexity, excess and divergence of a packed model."""
-    command = [str(ACC), "eval", model, "--base", arguments.model, "--data", arguments.eval]
-    found, _, _ = run([*command, "--window", str(arguments.window), "--windows", str(arguments.windows), "--json"])
-    return {
-        "perplexity": round(found["perplexity"], 4),
-        "excess_nats": round(found["nll"] - found["nll_base"], 4),
-        "kl": round(found["kl"], 4),
-    }
-
-
-def row(arguments: argparse.Namespace, bits: int, options: list[str]) -> dict[str, Any]:
-    with tempfile.TemporaryDirectory() as folder:
-        out = str(Path(folder) / "out")
-        command = [str(ACC), "quantize", arguments.model, out, "--bits", str(bits), *options, "--data", arguments.data]
-        command += ["--nsamples", str(arguments.nsamples), "--seqlen", str(arguments.seqlen), "--json"]
-        made, seconds, _ = run(command)
-        scored = score(arguments, out)
+def make(arguments: argparse.Namespace, out: Path, bits: int, options: list[str]) -> dict[str, Any]:
+    """Quantises; the figures of that."""
+    command = [str(ACC), "quantize", arguments.model, str(out), "--bits", str(bits), *options, "--data", arguments.data]
+    command += ["--nsamples", str(arguments.nsamples), "--seqlen", str(arguments.seqlen), "--json"]
+    made, seconds, _ = run(command)
     return {
         "bits": bits,
         "options": options,
         "stored_bits": round(made["packed"]["packed_bits"], 4),
-        **scored,
         "seconds": round(seconds, 1),
         "phases": made["phases"],
     }
@@ -82,20 +68,31 @@ def main() -> None:
     settings = {name: getattr(arguments, name) for name in ("nsamples", "seqlen", "window", "windows")}
     found = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
     rows = found.get("rows", {})
-    for bits in arguments.bits:
-        for name in arguments.rows:
-            key = f"{bits} bits, {name}"
-            if key in rows:
-                continue
-            print(key, flush=True)
-            options = ROWS[name] if "--refine" in ROWS[name] else [*ROWS[name], "--refine", "0"]
-            rows[key] = row(arguments, bits, options)
-            whole = found | {
-                "model": Path(arguments.model).name,
-                "text": [Path(arguments.data).name, Path(arguments.eval).name],
+    missing = [(bits, name) for bits in arguments.bits for name in arguments.rows]
+    missing = [(bits, name) for bits, name in missing if f"{bits} bits, {name}" not in rows]
+    while missing:
+        now, missing = missing[:TOGETHER], missing[TOGETHER:]
+        made = {}
+        with tempfile.TemporaryDirectory() as folder:
+            folders = [Path(folder) / str(number) for number in range(len(now))]
+            for out, (bits, name) in zip(folders, now):
+                key = f"{bits} bits, {name}"
+                print(key, flush=True)
+                options = ROWS[name] if "--refine" in ROWS[name] else [*ROWS[name], "--refine", "0"]
+                made[key] = make(arguments, out, bits, options)
+            scores = score(arguments, folders)
+        for (key, row), scored in zip(made.items(), scores):
+            rows[key] = row | {
+                "perplexity": round(scored["perplexity"], 4),
+                "excess_nats": round(scored["nll"] - scored["nll_base"], 4),
+                "kl": round(scored["kl"], 4),
             }
-            whole |= {"settings": settings, "machine": machine(), "rows": rows}
-            arguments.out.write_text(json.dumps(whole, indent=1) + "\n")
+        whole = found | {
+            "model": Path(arguments.model).name,
+            "text": [Path(arguments.data).name, Path(arguments.eval).name],
+        }
+        whole |= {"settings": settings, "machine": machine(), "rows": rows}
+        arguments.out.write_text(json.dumps(whole, indent=1) + "\n")
 
 
 if __name__ == "__main__":

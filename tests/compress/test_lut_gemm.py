@@ -55,17 +55,25 @@ def error_of(weights, importance, scales):
 # Solver
 
 
-@pytest.mark.parametrize(("inputs", "bits"), [(5, 1), (8, 1), (5, 2), (6, 2)])
-def test_tiny_groups_come_close_to_the_optimum(inputs, bits):
-    """All sign patterns are tried, each with its weighted least squares."""
+@pytest.mark.parametrize(
+    ("inputs", "bits", "zero"), [(5, 1, False), (8, 1, False), (5, 2, False), (6, 2, False), (5, 2, True), (6, 2, True)]
+)
+def test_tiny_groups_come_close_to_the_optimum(inputs, bits, zero):
+    """All sign patterns are tried, each with its weighted least squares; with a zero each scale is taken or not."""
     weights, importance = normal(inputs, 6, seed=inputs), normal(inputs, 1, seed=1).abs() + 0.2
+    weights[:2] = weights[:2].abs() * torch.tensor([[1.0], [-1.0]])  # on both sides of zero
     root = importance.double().sqrt()
     best = torch.full((6,), torch.inf, dtype=torch.float64)
     for pattern in itertools.product(itertools.product((-1.0, 1.0), repeat=inputs), repeat=bits):
-        basis = torch.tensor([*pattern, (1.0,) * inputs], dtype=torch.float64).T * root  # [g, bits + 1]
+        offset = [] if zero else [(1.0,) * inputs]
+        taken = torch.tensor([*pattern, *offset], dtype=torch.float64).T
+        basis = (taken + 1 if zero else taken) * root  # [g, bits] or [g, bits + 1]
         solved = basis @ (torch.linalg.pinv(basis) @ (weights.double() * root))
         best = torch.minimum(best, (weights * root - solved).square().sum(0))
-    error = error_of(weights, importance, fit(weights, importance, LutGemm(bits=bits)))
+    found = fit(weights, importance, LutGemm(bits=bits), zero)
+    if zero:
+        torch.testing.assert_close(found[:, -1], found[:, :-1].sum(1))
+    error = error_of(weights, importance, found)
     assert (error >= best * (1 - 1e-4) - 1e-8).all()
     scale = float((weights.square() * importance).sum())
     assert float((error - best).sum()) < 0.03 * scale
@@ -120,10 +128,10 @@ def test_rows_are_taken_in_parts(monkeypatch):
 def test_normal_weights_err_between_the_best_values_and_the_best_grid(bits):
     """Lloyd-Max: 0.1175, 0.0345, 0.0095 of the variance, a uniform grid 0.1188, 0.0374, 0.0115; groups may do better
     as their scales are their own."""
-    weight = normal(64, 512)
-    packed = compress(weight, bits=bits, group_size=-1, scale_bits=16, activation_aware=False)
+    weights = normal(512, 64)
+    error = error_of(weights, torch.ones(512), fit(weights, torch.ones(512, 1), LutGemm(bits=bits)))
     low, high = {2: (0.11, 0.1188), 3: (0.031, 0.0374), 4: (0.0085, 0.0115)}[bits]
-    assert low < weight_error(packed, weight) / 64 / 512 < high
+    assert low < float(error.mean()) / 512 < high
 
 
 # The method
@@ -136,6 +144,28 @@ def test_errs_less_than_rounding_at_the_same_bits_and_groups(bits):
     for scale_bits in (8, 16) if bits < 8 else (16,):
         packed = compress(weight, bits=bits, group_size=64, scale_bits=scale_bits, activation_aware=False)
         assert weight_error(packed, weight) < weight_error(rounded, weight)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_without_text_large_inputs_count(bits):
+    """Weights are small where inputs are large; those that are nothing stay nothing, as with rounding."""
+    size = torch.exp(1.5 * normal(128, seed=1))
+    weight = normal(64, 128) * size
+    settings = {"group_size": 64, "scale_bits": 16}
+    packed = compress(weight, bits=bits, activation_aware=False, **settings)
+    rounded = Rtn(bits=bits, group_size=64).compress(weight, None, silent)
+    lost = [float(((one.dequantize() - weight) / size).square().sum()) for one in (packed, rounded)]
+    assert lost[0] < 0.9 * lost[1]
+    weight[:, 3] = 0
+    unused = compress(weight, bits=bits, activation_aware=False, **settings).dequantize()[:, 3]
+    assert float(unused.abs().max()) < 1e-3 * float(weight.abs().max())
+
+
+def test_without_text_weights_on_one_side_of_zero_keep_their_offset():
+    weight = torch.cat([normal(16, 64) + 8, normal(16, 64)], 1)
+    packed = compress(weight, group_size=64, scale_bits=16, activation_aware=False)
+    lost = (packed.dequantize() - weight).square()
+    assert float(lost[:, :64].mean()) < 1.1 * float(lost[:, 64:].mean())
 
 
 def test_outputs_err_less_when_they_are_known_and_each_sweep_helps():
