@@ -89,7 +89,7 @@ def assert_product(y, x, dense):
 @pytest.mark.parametrize(
     ("make", "scheme"),
     [(spqr, s) for s in SPQR_SCHEMES] + [(grouped, s) for s in GROUPED_SCHEMES] + [(bcq, s) for s in BCQ_SCHEMES],
-    ids=str,
+    ids=lambda value: getattr(value, "__name__", str(value)),
 )
 def test_weights_are_the_references_and_so_are_products(make, scheme, shape):
     weight = make(*shape, **scheme)
