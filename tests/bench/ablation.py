@@ -13,10 +13,9 @@ import argparse
 import json
 import tempfile
 from pathlib import Path
-from typing import Any
 
 from measure import machine
-from quality import ACC, TOGETHER, run, score
+from quality import TOGETHER, make, score
 
 LEAN = ["--stat-group-size", "64", "--outlier-threshold", "0.5"]
 PLAIN = ["--stat-group-size", "64", "--outlier-threshold", "none"]
@@ -38,20 +37,6 @@ ROWS: dict[str, list[str]] = {  # without --refine unless it is named
     "groups of 32": WIDE,
     "groups of 32, refine 16": [*WIDE, "--refine", "16"],
 }
-
-
-def make(arguments: argparse.Namespace, out: Path, bits: int, options: list[str]) -> dict[str, Any]:
-    """Quantises; the figures of that."""
-    command = [str(ACC), "quantize", arguments.model, str(out), "--bits", str(bits), *options, "--data", arguments.data]
-    command += ["--nsamples", str(arguments.nsamples), "--seqlen", str(arguments.seqlen), "--json"]
-    made, seconds, _ = run(command)
-    return {
-        "bits": bits,
-        "options": options,
-        "stored_bits": round(made["packed"]["packed_bits"], 4),
-        "seconds": round(seconds, 1),
-        "phases": made["phases"],
-    }
 
 
 def main() -> None:
@@ -79,7 +64,14 @@ def main() -> None:
                 key = f"{bits} bits, {name}"
                 print(key, flush=True)
                 options = ROWS[name] if "--refine" in ROWS[name] else [*ROWS[name], "--refine", "0"]
-                made[key] = make(arguments, out, bits, options)
+                one = make(arguments, out, "spqr", str(bits), *options)
+                made[key] = {
+                    "bits": bits,
+                    "options": options,
+                    "stored_bits": round(one["quantize"]["packed"]["packed_bits"], 4),
+                    "seconds": one["seconds"],
+                    "phases": one["quantize"]["phases"],
+                }
             scores = score(arguments, folders)
         for (key, row), scored in zip(made.items(), scores):
             rows[key] = row | {

@@ -15,6 +15,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from acc.cli.pictures import KIND_COLOURS, OTHERS, OWN
+
 METHODS = {  # of quality.py's FAMILY, as columns
     "rtn": "rounding",
     "gptq": "gptq",
@@ -23,7 +25,7 @@ METHODS = {  # of quality.py's FAMILY, as columns
     "spqr": "spqr, `--outlier-threshold 1`",
 }
 LINES = METHODS | {"mixed": "gptq, a mix"}
-COLOURS = ("#4d4d4d", "#56b4e9", "#009e73", "#cc79a7", "#d55e00", "#0072b2")  # Okabe and Ito's
+COLOURS = (KIND_COLOURS[0], *OTHERS)
 MARKERS = "xosvD^"
 
 
@@ -125,7 +127,7 @@ def picture(found: dict[str, Any], rows: list[Row], path: Path) -> None:
         axes.plot(*zip(*points), label=label.replace("`", ""), **style)
     for row in rows:
         if row.options.startswith("--method nf4"):
-            axes.plot(row.bits, row.loss, "P", color="#e69f00", label="nf4, activation-aware")
+            axes.plot(row.bits, row.loss, "P", color=OWN, label="nf4, activation-aware")
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter(FormatStrFormatter("%g"))
     axes.set_xlabel("stored bits per packed weight, counted from the files")

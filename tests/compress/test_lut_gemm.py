@@ -61,7 +61,8 @@ def error_of(weights, importance, scales):
 def test_tiny_groups_come_close_to_the_optimum(inputs, bits, zero):
     """All sign patterns are tried, each with its weighted least squares; with a zero each scale is taken or not."""
     weights, importance = normal(inputs, 6, seed=inputs), normal(inputs, 1, seed=1).abs() + 0.2
-    weights[:2] = weights[:2].abs() * torch.tensor([[1.0], [-1.0]])  # on both sides of zero
+    if zero:  # weights on both sides of it
+        weights[:2] = weights[:2].abs() * torch.tensor([[1.0], [-1.0]])
     root = importance.double().sqrt()
     best = torch.full((6,), torch.inf, dtype=torch.float64)
     for pattern in itertools.product(itertools.product((-1.0, 1.0), repeat=inputs), repeat=bits):
