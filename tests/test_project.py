@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
 import resource
 import subprocess
@@ -80,13 +81,16 @@ def test_no_code_is_loaded_from_data():
 
 
 def test_the_readme_says_what_was_measured(tmp_path):
-    """Its tables of the family are those that tests/bench/table.py makes of the results, as is the one beside them."""
+    """Its tables of the family are those that tests/bench/table.py makes of the results, as are those beside them."""
     results = ROOT / "tests" / "bench" / "results" / "family-smollm2.json"
     found, rows = table.read(results)
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert table.cells(rows) in readme
     assert table.others(rows) in readme
     assert table.whole(found, rows) == results.with_suffix(".md").read_text(encoding="utf-8")
+    for path in results.parent.glob("ablation-*.json"):
+        measured = json.loads(path.read_text(encoding="utf-8"))
+        assert table.choices(measured) == path.with_suffix(".md").read_text(encoding="utf-8")
     pytest.importorskip("matplotlib", reason="pictures need matplotlib")
     table.picture(found, rows, tmp_path / "drawn.png")
     assert (tmp_path / "drawn.png").read_bytes().startswith(b"\x89PNG")

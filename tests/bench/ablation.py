@@ -39,6 +39,11 @@ ROWS: dict[str, list[str]] = {  # without --refine unless it is named
 }
 
 
+def options_of(name: str) -> list[str]:
+    """What a row is made with."""
+    return ROWS[name] if "--refine" in ROWS[name] else [*ROWS[name], "--refine", "0"]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
@@ -63,11 +68,10 @@ def main() -> None:
             for out, (bits, name) in zip(folders, now):
                 key = f"{bits} bits, {name}"
                 print(key, flush=True)
-                options = ROWS[name] if "--refine" in ROWS[name] else [*ROWS[name], "--refine", "0"]
-                one = make(arguments, out, "spqr", str(bits), *options)
+                one = make(arguments, out, "spqr", str(bits), *options_of(name))
                 made[key] = {
                     "bits": bits,
-                    "options": options,
+                    "options": options_of(name),
                     "stored_bits": round(one["quantize"]["packed"]["packed_bits"], 4),
                     "seconds": one["seconds"],
                     "phases": one["quantize"]["phases"],

@@ -1,9 +1,10 @@
-"""What `quality.py` measured, for people: a table of every row, a picture, and the two tables of the README.
+"""What `quality.py` and `ablation.py` measured, for people.
 
     python tests/bench/table.py tests/bench/results/family-smollm2.json
 
-writes family-smollm2.md and family-smollm2.png beside the results and prints the README's tables, which
-`tests/test_project.py` compares with what the README says.
+writes family-smollm2.md, a table of every row, and family-smollm2.png beside the results, and prints the README's
+tables, which `tests/test_project.py` compares with what the README says. Of results of `ablation.py` the table beside
+them is written.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import ablation
 from acc.cli.pictures import KIND_COLOURS, OTHERS, OWN
 
 METHODS = {  # of quality.py's FAMILY, as columns
@@ -114,6 +116,29 @@ def whole(found: dict[str, Any], rows: list[Row]) -> str:
     )
 
 
+def choices(found: dict[str, Any]) -> str:
+    """Of an ablation: options from top to bottom, bits from left to right."""
+    settings, rows = found["settings"], found["rows"]
+    every = sorted({row["bits"] for row in rows.values()})
+
+    def cell(bits: int, name: str) -> str:
+        row = rows.get(f"{bits} bits, {name}")
+        if row is None:
+            return ""
+        figures = [figure(row["excess_nats"]), *([figure(row["kl"])] if "kl" in row else [])]
+        return f"{', '.join(figures)} at {row['stored_bits']:.2f}"
+
+    lines = [
+        [f"`{' '.join(ablation.options_of(name))}`", *(cell(bits, name) for bits in every)] for name in ablation.ROWS
+    ]
+    head = ["`acc quantize MODEL --method spqr`", *(f"`--bits {bits}`" for bits in every)]
+    return (
+        f"{found['model']}, calibrated on {settings['nsamples']} sequences of {settings['seqlen']} tokens, scored on "
+        f"{settings['windows']} windows of {settings['window']}:\nnats per token lost against the dense model, KL "
+        "divergence from it where it was measured, and stored bits.\n\n" + markdown(head, lines) + "\n"
+    )
+
+
 def picture(found: dict[str, Any], rows: list[Row], path: Path) -> None:
     """Loss against stored bits, a line per method."""
     from matplotlib.figure import Figure
@@ -142,6 +167,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path)
     path = parser.parse_args().results
+    found = json.loads(path.read_text())
+    if all("options" in row for row in found["rows"].values()):
+        path.with_suffix(".md").write_text(choices(found))
+        return
     found, rows = read(path)
     path.with_suffix(".md").write_text(whole(found, rows))
     picture(found, rows, path.with_suffix(".png"))
