@@ -236,9 +236,10 @@ class Schedule:
 
 
 def optimise(
-    model: Gated, place: Tensor, teachers: Sequence[Told], schedule: Schedule, tick: Callable[[], None]
+    model: Gated, place: Tensor, teachers: Sequence[Told], schedule: Schedule, tick: Callable[[int], None]
 ) -> tuple[Tensor, list[float]]:
-    """Adam on the places `[n]` of the gates, over the prompts in turn; returns the places and the loss of each step.
+    """Adam on the places `[n]` of the gates, over the prompts in turn; returns the places and the loss of each step,
+    of which `tick` is told the prompt.
 
     The temperature falls until the last steps, which run with zeros and ones and take the sigmoid's gradient (a
     straight-through estimate).
@@ -260,7 +261,7 @@ def optimise(
             group["lr"] = schedule.rate * min(1.0, 5 * (schedule.steps - step) / schedule.steps)
         adam.step()
         losses.append(loss)
-        tick()
+        tick(number)
     return place.detach(), losses
 
 

@@ -25,6 +25,7 @@ GRAIN = 16  # tokens that sizes are multiples of
 ROWS = 512  # of a text that are looked at
 TILE = 2**25  # attention weights that are in memory at once
 NEUTRAL = defaultdict(float, gate=1.0, rank=-1.0)  # in layers that are left alone
+BACKWARD = 6  # runs of a prompt that one to learn from takes as long as, as measured on the demo model
 SHARP = 0.5  # temperature of the gates that are stored: no two of them are rounded to the same number
 
 
@@ -81,11 +82,11 @@ class Retrieval(Pass):
         model = Gated(subject, [*train, *test], sink, recent, self.keep_blocks)
         place, gate, losses = spread(score), _of_largest(score), []
         with model.loaded():
-            progress = _Progress(subject, len(train) + len(test) + 4 * self._steps + len(test) * self._choices)
-            teachers = [progress.after(model.tell(number)) for number in range(len(model.prompts))]
+            progress = _Progress.of(subject, train, test, self._steps, self._choices)
+            teachers = [progress.after(number, model.tell(number)) for number in range(len(model.prompts))]
             if self.method == "optimize":
                 schedule = Schedule(self._aims(len(score)), self.steps, self.learning_rate, self.hard)
-                place, losses = optimise(model, place, teachers[: len(train)], schedule, lambda: progress.add(4))
+                place, losses = optimise(model, place, teachers[: len(train)], schedule, progress.learned)
                 gate = projected(place, within(self.sparsity, 2 * len(score)), SHARP)
             curve = self._measure(Trial(model, teachers, range(len(train), len(teachers)), progress), place)
         return Outcome(place, gate, losses, curve)
@@ -350,19 +351,32 @@ def _round(value: float | Tensor) -> float:
 
 @dataclass
 class _Progress:
-    """Runs that are done, of so many."""
+    """Tokens that were run, of so many; one that is learned from counts as several."""
 
     subject: Subject
-    runs: int
+    sizes: list[int]  # of the prompts
+    tokens: int
     done: int = 0
 
-    def add(self, runs: int) -> None:
-        self.done += runs
-        self.subject.tick(min(self.done / self.runs, 1.0))
+    @classmethod
+    def of(
+        cls, subject: Subject, train: Sequence[Prompt], test: Sequence[Prompt], steps: int, choices: int
+    ) -> _Progress:
+        """Before so many steps over the prompts to learn from, and choices that are tried on the others."""
+        sizes = [len(prompt) for prompt in (*train, *test)]
+        learned = sum(sizes[step % len(train)] for step in range(steps))
+        return cls(subject, sizes, sum(sizes) + BACKWARD * learned + choices * sum(sizes[len(train) :]))
 
-    def after(self, told: Told) -> Told:
-        self.add(1)
+    def learned(self, number: int) -> None:
+        self._add(BACKWARD * self.sizes[number])
+
+    def after(self, number: int, told: Told) -> Told:
+        self._add(self.sizes[number])
         return told
+
+    def _add(self, tokens: int) -> None:
+        self.done += tokens
+        self.subject.tick(min(self.done / self.tokens, 1.0))
 
 
 @dataclass(frozen=True)
@@ -377,7 +391,7 @@ class Trial:
     def cost(self, place: Tensor, share: float) -> tuple[float, float]:
         """The distance from the dense model and the share of right answers, with that share of heads, those at the
         lowest places `[n]`, streaming."""
-        told = [self.progress.after(self.model.tell(number, hard(place, share))) for number in self.numbers]
+        told = [self.progress.after(n, self.model.tell(n, hard(place, share))) for n in self.numbers]
         far = [float(distance(one.hidden, self.teachers[n].hidden)) for one, n in zip(told, self.numbers)]
         return sum(far) / len(far), _mean_right(told)
 
