@@ -3,8 +3,8 @@
     python tests/bench/table.py tests/bench/results/family-smollm2.json
 
 writes family-smollm2.md, a table of every row, and family-smollm2.png beside the results, and prints the README's
-tables, which `tests/test_project.py` compares with what the README says. Of results of `ablation.py` the table beside
-them is written.
+tables, which `tests/test_project.py` compares with what the README says. Of results of `ablation.py` it writes and
+prints tables too.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import ablation
+from ablation import ROWS, options_of
 from acc.cli.pictures import KIND_COLOURS, OTHERS, OWN
 
 METHODS = {  # of quality.py's FAMILY, as columns
@@ -25,6 +25,15 @@ METHODS = {  # of quality.py's FAMILY, as columns
     "lut-gemm": "lut-gemm",
     "lut-gemm plain": "lut-gemm, `--activation-aware false`",
     "spqr": "spqr, `--outlier-threshold 1`",
+}
+SPQR = {  # of ablation.py's rows, those of the README
+    "authors": "the authors' settings",
+    "damp 0.1, sweep": "their statistics and threshold, damping 0.1 and a sweep",
+    "damp 0.1, sweep, refine 16": "the same and 16 steps of learned rounding",
+    "lean statistics": "statistics of 64 rows, threshold 0.5",
+    "lean, refine 16": "the same and 16 steps of learned rounding: the default",
+    "groups of 32": "`--group-size 32 --outlier-threshold 1 --refine 0`",
+    "groups of 32, refine 16": "the same and 16 steps of learned rounding",
 }
 LINES = METHODS | {"mixed": "gptq, a mix"}
 COLOURS = (KIND_COLOURS[0], *OTHERS)
@@ -116,26 +125,30 @@ def whole(found: dict[str, Any], rows: list[Row]) -> str:
     )
 
 
-def choices(found: dict[str, Any]) -> str:
+def choices(found: dict[str, Any], labels: dict[str, str], with_kl: bool) -> str:
     """Of an ablation: options from top to bottom, bits from left to right."""
-    settings, rows = found["settings"], found["rows"]
+    rows = found["rows"]
     every = sorted({row["bits"] for row in rows.values()})
 
     def cell(bits: int, name: str) -> str:
         row = rows.get(f"{bits} bits, {name}")
         if row is None:
             return ""
-        figures = [figure(row["excess_nats"]), *([figure(row["kl"])] if "kl" in row else [])]
+        figures = [figure(row["excess_nats"]), *([figure(row["kl"])] if with_kl and "kl" in row else [])]
         return f"{', '.join(figures)} at {row['stored_bits']:.2f}"
 
-    lines = [
-        [f"`{' '.join(ablation.options_of(name))}`", *(cell(bits, name) for bits in every)] for name in ablation.ROWS
-    ]
-    head = ["`acc quantize MODEL --method spqr`", *(f"`--bits {bits}`" for bits in every)]
+    lines = [[label, *(cell(bits, name) for bits in every)] for name, label in labels.items()]
+    return markdown(["", *(f"{bits} bits" for bits in every)], lines)
+
+
+def ablation(found: dict[str, Any]) -> str:
+    """Every row of one."""
+    settings = found["settings"]
+    labels = {name: f"`{' '.join(options_of(name))}`" for name in ROWS}
     return (
         f"{found['model']}, calibrated on {settings['nsamples']} sequences of {settings['seqlen']} tokens, scored on "
         f"{settings['windows']} windows of {settings['window']}:\nnats per token lost against the dense model, KL "
-        "divergence from it where it was measured, and stored bits.\n\n" + markdown(head, lines) + "\n"
+        "divergence from it where it was measured, and stored bits.\n\n" + choices(found, labels, True) + "\n"
     )
 
 
@@ -169,7 +182,8 @@ def main() -> None:
     path = parser.parse_args().results
     found = json.loads(path.read_text())
     if all("options" in row for row in found["rows"].values()):
-        path.with_suffix(".md").write_text(choices(found))
+        path.with_suffix(".md").write_text(ablation(found))
+        print(choices(found, SPQR, False))
         return
     found, rows = read(path)
     path.with_suffix(".md").write_text(whole(found, rows))
