@@ -235,6 +235,11 @@ class Schedule:
     cold: float = 0.25  # and the last
 
 
+def in_turn(steps: int, prompts: int) -> list[int]:
+    """The prompt of each step of `optimise`."""
+    return [step % prompts for step in range(steps)]
+
+
 def optimise(
     model: Gated, place: Tensor, teachers: Sequence[Told], schedule: Schedule, tick: Callable[[int], None]
 ) -> tuple[Tensor, list[float]]:
@@ -248,10 +253,9 @@ def optimise(
     adam = torch.optim.Adam([place], lr=schedule.rate)
     soft = max(round(schedule.steps * (1 - schedule.hard)), 1)
     losses = []
-    for step in range(schedule.steps):
+    for step, number in enumerate(in_turn(schedule.steps, len(teachers))):
         temperature = schedule.warm * (schedule.cold / schedule.warm) ** min(step / soft, 1)
         # another prompt at each step, and each of them at every sparsity
-        number = step % len(teachers)
         sparsity = schedule.sparsities[(step + step // len(teachers)) % len(schedule.sparsities)]
         gates = projected(place.detach(), sparsity, temperature)
         used = gates if step < soft else hard(place.detach(), sparsity)

@@ -15,7 +15,7 @@ from ..formats.model import AttentionLayer
 from ..formats.streaming import ranks, streams
 from .attention import of_layers
 from .base import Attended, Learned, Learner, Pass, Subject, causal_scores
-from .gates import Gated, Schedule, Told, answer_rows, distance, hard, optimise, projected
+from .gates import Gated, Schedule, Told, answer_rows, distance, hard, in_turn, optimise, projected
 from .prompts import Prompt
 
 SHARES = (0.0, 0.25, 0.5, 0.625, 0.75, 0.875, 1.0)  # of streaming heads, at which the cost is measured
@@ -364,7 +364,7 @@ class _Progress:
     ) -> _Progress:
         """Before so many steps over the prompts to learn from, and choices that are tried on the others."""
         sizes = [len(prompt) for prompt in (*train, *test)]
-        learned = sum(sizes[step % len(train)] for step in range(steps))
+        learned = sum(sizes[number] for number in in_turn(steps, len(train)))
         return cls(subject, sizes, sum(sizes) + BACKWARD * learned + choices * sum(sizes[len(train) :]))
 
     def learned(self, number: int) -> None:

@@ -58,9 +58,17 @@ class Row:
         self.peak = row.get("peak_memory_gib")
 
 
-def read(path: Path) -> tuple[dict[str, Any], list[Row]]:
-    found = json.loads(path.read_text())
-    return found, [Row(name, row) for name, row in found["rows"].items()]
+def rows_of(found: dict[str, Any]) -> list[Row]:
+    return [Row(name, row) for name, row in found["rows"].items()]
+
+
+def conditions(found: dict[str, Any]) -> str:
+    """What all rows have in common."""
+    settings = found["settings"]
+    return (
+        f"{found['model']}, calibrated on {settings['nsamples']} sequences of {settings['seqlen']} tokens, scored on "
+        f"{settings['windows']} windows of {settings['window']}"
+    )
 
 
 def options(command: list[str]) -> str:
@@ -103,7 +111,6 @@ def others(rows: list[Row]) -> str:
 
 def whole(found: dict[str, Any], rows: list[Row]) -> str:
     """Every row with all its figures."""
-    settings = found["settings"]
     lines = [
         [
             f"`{row.options}`",
@@ -118,8 +125,7 @@ def whole(found: dict[str, Any], rows: list[Row]) -> str:
     ]
     head = ["`acc quantize MODEL`", "stored bits", "perplexity", "loss", "KL", "seconds", "peak GiB"]
     return (
-        f"{found['model']}, calibrated on {settings['nsamples']} sequences of {settings['seqlen']} tokens, scored on "
-        f"{settings['windows']} windows of {settings['window']}.\nLoss and KL are nats per token against the dense "
+        f"{conditions(found)}.\nLoss and KL are nats per token against the dense "
         "model. Seconds and memory are those of the run that made the row, on one thread\nbeside other work: they "
         "tell minutes from seconds, not one method from the next.\n\n" + markdown(head, lines) + "\n"
     )
@@ -143,11 +149,9 @@ def choices(found: dict[str, Any], labels: dict[str, str], with_kl: bool) -> str
 
 def ablation(found: dict[str, Any]) -> str:
     """Every row of one."""
-    settings = found["settings"]
     labels = {name: f"`{' '.join(options_of(name))}`" for name in ROWS}
     return (
-        f"{found['model']}, calibrated on {settings['nsamples']} sequences of {settings['seqlen']} tokens, scored on "
-        f"{settings['windows']} windows of {settings['window']}:\nnats per token lost against the dense model, KL "
+        f"{conditions(found)}:\nnats per token lost against the dense model, KL "
         "divergence from it where it was measured, and stored bits.\n\n" + choices(found, labels, True) + "\n"
     )
 
@@ -185,7 +189,7 @@ def main() -> None:
         path.with_suffix(".md").write_text(ablation(found))
         print(choices(found, SPQR, False))
         return
-    found, rows = read(path)
+    rows = rows_of(found)
     path.with_suffix(".md").write_text(whole(found, rows))
     picture(found, rows, path.with_suffix(".png"))
     print(cells(rows), others(rows), sep="\n\n")
