@@ -18,7 +18,7 @@ from .base import Dtype, Json, Model, Seed
 if TYPE_CHECKING:
     from torch import Tensor
 
-WAYS = "compiled", "cache", "reference"
+WAYS = "compiled,cache,reference"
 PARITY = 4, 1e-4  # roundings of the type, or this: ways that differ in nothing but where they round stay below a third
 
 
@@ -26,7 +26,7 @@ def bench(
     model: Model,
     packed: Annotated[list[str] | None, typer.Argument(help="folders that acc wrote", show_default=False)] = None,
     kernels: Annotated[
-        str | None, typer.Option(help=f"of ACC_KERNELS, for what is packed; default: what it has of {','.join(WAYS)}")
+        str | None, typer.Option(help=f"of ACC_KERNELS, for what is packed; default: what it has of {WAYS}")
     ] = None,
     new_tokens: Annotated[int, typer.Option(min=2, help="tokens written per repeat")] = 32,
     prompt_tokens: Annotated[int, typer.Option(min=2, help="tokens read before")] = 64,
@@ -52,7 +52,7 @@ def bench(
     from .ui import Missed, Screen, shorten
 
     screen = Screen(as_json)
-    ways = list(WAYS) if kernels is None else [way.strip() for way in kernels.split(",")]
+    ways = [way.strip() for way in (kernels or WAYS).split(",")]
     unknown = [way for way in ways if way not in known]
     if unknown:
         raise ValueError(f"--kernels {unknown[0]}: expected some of {','.join(known)}")
