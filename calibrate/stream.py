@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ..formats.model import Matrix, Skeleton
 from ..formats.source import Source, all_finite
+from ..kernels.base import computed_in
 from ..registry import lookup
 from .base import Statistic
 
@@ -54,18 +55,6 @@ class Clock:
         self._seconds[self._phase] += now - self._since
         before, self._phase, self._since = self._phase, phase, now
         return before
-
-
-def computed_in(dtype: torch.dtype, device: str) -> torch.dtype:
-    """The type that a model of type `dtype` is run in unless another is named: its own, but float32 on a processor
-    without instructions for products of that type, where these take 5 to 50 times as long (measured with AVX2)."""
-    if torch.device(device).type != "cpu" or dtype not in (torch.bfloat16, torch.float16):
-        return dtype
-    if not torch.backends.mkldnn.is_available():
-        return torch.float32
-    known = torch.ops.mkldnn
-    quick = known._is_mkldnn_bf16_supported() if dtype == torch.bfloat16 else known._is_mkldnn_fp16_supported()
-    return dtype if quick else torch.float32
 
 
 class Stream:

@@ -117,8 +117,8 @@ def sampler(source: Source) -> Any:
     """A function that draws token ids from the model itself."""
     from transformers import AutoModelForCausalLM
 
-    from ..calibrate.stream import computed_in
     from ..calibrate.text import sample_self
+    from ..kernels.base import computed_in
 
     dtype = computed_in(source.dtype, "cpu")
     model = AutoModelForCausalLM.from_pretrained(source.folder, dtype=dtype).eval()
@@ -175,7 +175,7 @@ def check_device(device: str) -> str:
 
 def show_dtype(screen: Screen, source: Source, dtype: str, device: str) -> None:
     """Says so where `auto` is not the model's own type."""
-    from ..calibrate.stream import computed_in
+    from ..kernels.base import computed_in
 
     used = computed_in(source.dtype, device)
     if dtype == "auto" and used != source.dtype:

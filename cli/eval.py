@@ -102,7 +102,7 @@ def _ask(
 ) -> None:
     """`--passkeys`."""
     from ..calibrate.passkeys import passkeys, prompts_of
-    from ..calibrate.stream import computed_in
+    from ..kernels.base import computed_in
     from .base import loaded_model, text_limits, tokenizer_of
     from .ui import Meter, size
 

@@ -11,8 +11,9 @@ import torch
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError, model_validator
 
-from ..calibrate.stream import DTYPES, computed_in
+from ..calibrate.stream import DTYPES
 from ..formats.source import Source
+from ..kernels.base import computed_in
 from ..registry import listing, lookup, spelled
 from .base import Method, Rewrite
 

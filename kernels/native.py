@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .base import Product
+from .base import Product, computed_in
 
 SOURCE = Path(__file__).with_name("packed_cpu.cpp")
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
@@ -90,12 +90,14 @@ class Compiled:
         return y
 
     def _many(self, x: Tensor) -> Tensor:
-        """Decodes the matrix, to the type of `x`, for this product only."""
-        weight = x.new_empty(self.columns, self.rows)
-        narrowed = x.dtype == torch.bfloat16
+        """Decodes the matrix for this product only, to the type of `x` if the processor has products of that."""
+        dtype = computed_in(x.dtype, "cpu")
+        weight = x.new_empty(self.columns, self.rows, dtype=dtype)
+        narrowed = dtype == torch.bfloat16
         self.library.acc_weight(self.address, weight.data_ptr(), narrowed, torch.get_num_threads())
         # not F.linear, which is 4 times slower on a transposed weight in bfloat16
-        return (x if self.perm is None else x[..., self.perm.long()]) @ weight
+        y = (x if self.perm is None else x[..., self.perm.long()]).to(dtype) @ weight
+        return y.to(x.dtype)
 
 
 def library(**numbers: int) -> ctypes.CDLL:

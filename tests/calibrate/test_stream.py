@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from acc.calibrate.stream import Stream, computed_in
+from acc.calibrate.stream import Stream
 from acc.formats.source import open_source
+from acc.kernels.base import computed_in
 from transformers import AutoModelForCausalLM
 
 FAMILIES = [

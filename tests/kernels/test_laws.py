@@ -51,6 +51,23 @@ def test_product_equals_dense_product(poison, monkeypatch, way, method, shape, d
         torch.testing.assert_close(y, expected, rtol=tolerance, atol=tolerance * shape[1] ** 0.5 * 0.1)
 
 
+@pytest.mark.parametrize("way", ["cache", "compiled"])
+@pytest.mark.parametrize("tokens", [3, 17])
+def test_many_tokens_go_through_float32_where_there_are_no_products_of_16_bits(monkeypatch, products, way, tokens):
+    products(False)
+    monkeypatch.setenv("ACC_KERNELS", way)
+    weight = packed("spqr", 45, 100)
+    x = torch.randn(2, tokens, 100, generator=torch.Generator().manual_seed(0)).bfloat16()
+    multiplied, linear = [], F.linear
+    monkeypatch.setattr(F, "linear", lambda x, w: multiplied.append(x.dtype) or linear(x, w))
+    y = weight.matmul(x)
+    assert y.dtype == torch.bfloat16
+    assert multiplied == ([torch.float32] if way == "cache" else [])
+    kept = weight.dequantize(torch.bfloat16).float()
+    right = linear(x.float(), kept) if way == "cache" else weight.matmul(x.float())
+    assert torch.equal(y, right.bfloat16())
+
+
 @pytest.mark.parametrize("way", ON_CPU)
 @pytest.mark.parametrize("bits", [2, 3, 8])
 def test_a_negative_scale_is_multiplied_with(monkeypatch, way, bits):
