@@ -598,13 +598,13 @@ def test_bench_is_not_misled_by_a_router_near_a_tie(capsys, monkeypatch, tmp_pat
 
 
 def experts_chosen(folder):
-    """`top_k_index` of each layer for 63 random tokens, in bfloat16."""
+    """`top_k_index` of each layer for 8 x 63 random tokens, in bfloat16."""
     model, found = load(folder, dtype=torch.bfloat16), []
     for module in model.modules():
         if isinstance(module, PackedExperts):
             module.register_forward_pre_hook(lambda module, given: found.append(given[1].sort(-1).values))
     with torch.no_grad():
-        model(torch.randint(model.config.vocab_size, (1, 63), generator=torch.Generator().manual_seed(0)))
+        model(torch.randint(model.config.vocab_size, (8, 63), generator=torch.Generator().manual_seed(0)))
     assert found
     return found
 
