@@ -463,7 +463,6 @@ STOPPED = """
 import os, signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a suite in the background inherits that it is ignored
 from acc.cli.main import main
-from acc.formats.hf import PackedExperts, load
 from acc.formats.store import Store
 
 write = Store.write
